@@ -33,6 +33,7 @@ class PretrainConfig:
     Attributes:
         seed: Seed of weights, data and noise.
         autoencoder_steps: Optimizer steps of the autoencoder.
+        autoencoder_batch_size: Images of one of its steps.
         steps: Optimizer steps of the denoiser and the text encoders.
         batch_size: Images of one step.
         learning_rate: Peak learning rate of AdamW for the denoiser and the text encoders.
@@ -46,12 +47,13 @@ class PretrainConfig:
     """
 
     seed: int = 0
-    autoencoder_steps: int = 800
+    autoencoder_steps: int = 2200
+    autoencoder_batch_size: int = 32
     steps: int = 6000
     batch_size: int = 64
     learning_rate: float = 1e-3
-    autoencoder_learning_rate: float = 4e-3
-    kl_weight: float = 1e-4
+    autoencoder_learning_rate: float = 3e-3
+    kl_weight: float = 2e-5
     decay: float = 0.998
     shift: float = 3.0
     prompt_dropout: float = 0.1
@@ -104,7 +106,7 @@ def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, ch
     bar = tqdm(range(config.autoencoder_steps), desc="autoencoder", mininterval=10)
     for step in bar:
         generator = _generator(config.seed, 1, step)
-        images = render(draw_records(config.batch_size, generator), seed=step) * 2 - 1
+        images = render(draw_records(config.autoencoder_batch_size, generator), seed=step) * 2 - 1
         posterior = vae.encode(images).latent_dist
         error = (vae.decode(posterior.sample(generator)).sample - images).square().mean()
         loss = error + config.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()

@@ -1,0 +1,138 @@
+"""What an algorithm is to the training loop: roles, a plan, rows and a loss. It sees tensors and one function, never a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowalign.core.decays import Decay
+from flowalign.core.plans import Plan
+from flowalign.core.rollout import Trajectory
+
+CURRENT = "current"
+REFERENCE = "reference"
+
+# velocity(x [rows, *event], sigma [rows], sample int64 [rows], role) -> [rows, *event] float32. `sample` picks the conditioning.
+Velocity = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What one step's rollout and scoring left to train on (the rows of one rank).
+
+    Shapes:
+        advantage, weight: ``[batch, T]`` float32; T is 1, or the number of trained steps of the plan.
+        prompt: ``[batch]`` int64, the prompt's stable id.
+        group: ``[batch]`` int64, position of the sample's group among the step's groups, over all ranks.
+        sample: ``[batch]`` int64, position within the group; (prompt, group, sample) names the image on every rank layout.
+    """
+
+    trajectory: Trajectory
+    advantage: Tensor
+    weight: Tensor
+    prompt: Tensor
+    group: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Which optimizer update this is: update ``index`` of ``num_updates`` after rollout ``step`` of a run with ``seed``."""
+
+    seed: int
+    step: int
+    index: int
+
+    def key(self, num_updates: int) -> int:
+        """Number the optimizer updates of the whole run."""
+        return self.step * num_updates + self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A table that an update trains on: ``sample`` ``[rows]`` (row of the experience) and named columns with the same first axis.
+
+    Rows come in blocks of ``block`` that a loss needs together; a micro-batch never splits one.
+    """
+
+    sample: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    block: int = 1
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def split(self, size: int) -> list[Rows]:
+        """Cut the table into micro-batches of at most ``size`` rows, whole blocks each."""
+        size = max(self.block, size // self.block * self.block)
+        return [self.take(part) for part in torch.arange(len(self)).split(size)]
+
+    def take(self, index: Tensor) -> Rows:
+        """Select rows."""
+        columns = {name: column[index] for name, column in self.columns.items()}
+        return Rows(sample=self.sample[index], columns=columns, block=self.block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Loss of each row and what to log of each row; the loop takes means over the rows of the whole update, on all ranks.
+
+    Shapes:
+        value: ``[rows]`` float32 with gradient.
+        metrics: name to ``[rows]``, detached.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class Algorithm(Protocol):
+    """One file in ``flowalign/algorithms``: a composition of parts of the core."""
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Networks that are trained, in the order of their turns; ``("current",)`` for reinforcement learning."""
+        ...
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates after each rollout."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Decay]:
+        """Other roles that the losses read, with the decay of each after a step (``reference`` never moves)."""
+        ...
+
+    def plan(self, step: int, num_steps: int) -> Plan:
+        """Choose the kernels of the rollout."""
+        ...
+
+    def rows(self, experience: Experience, update: Update) -> Rows:
+        """Lay out what one update trains on."""
+        ...
+
+    def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
+        """Compute the loss of some rows; ``velocity`` carries gradient for the player alone."""
+        ...
+
+
+def share_of(experience: Experience, update: Update, num_shares: int) -> Tensor:
+    """Return the rows of the experience that belong to an update's share: whole groups, dealt in turn.
+
+    Args:
+        experience: The step's data.
+        update: Share ``update.index % num_shares`` is returned.
+        num_shares: Disjoint shares of the groups; 1 for all.
+
+    Returns:
+        Row indices, int64, ascending.
+    """
+    return (experience.group % num_shares == update.index % num_shares).nonzero().squeeze(1)

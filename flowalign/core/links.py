@@ -1,0 +1,52 @@
+"""Links: from a score, an old score and an advantage to the loss of a row."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def linear(score: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return ``-advantage * score``.
+
+    Its gradient is that of ``-advantage * exp(score - sg(score))``, the on-policy ratio of AWM's Algorithm 1.
+    """
+    return -advantage * score
+
+
+def on_policy_ratio(score: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return ``-advantage * exp(score - sg(score))``: the value is minus the advantage, the gradient that of `linear`."""
+    return -advantage * (score - score.detach()).exp()
+
+
+def ppo_clip(
+    log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float
+) -> Float[Tensor, " rows"]:
+    """Return PPO's pessimistic surrogate ``max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_ratio)``.
+
+    Args:
+        log_ratio: New minus old score of each row.
+        advantage: Advantage of each row.
+        clip: Half-width c of the ratio's band, in the unit of the scores (1e-4 is published for means over latent elements).
+
+    Returns:
+        One loss per row.
+
+    References:
+        Schulman et al., "Proximal Policy Optimization Algorithms", 2017, https://arxiv.org/abs/1707.06347, equation 7.
+
+    Examples:
+        >>> ratio = torch.tensor([1.2, 0.8, 1.2, 0.8])
+        >>> advantage = torch.tensor([1.0, -1.0, -1.0, 1.0])
+        >>> ppo_clip(ratio.log(), advantage, clip=0.1)
+        tensor([-1.1000,  0.9000,  1.2000, -0.8000])
+    """
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def clipped_mask(
+    log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float
+) -> Bool[Tensor, " rows"]:
+    """Tell which rows `ppo_clip` leaves without gradient: the ratio has left the band in the direction of the advantage."""
+    ratio = log_ratio.exp()
+    return ((ratio > 1 + clip) & (advantage > 0)) | ((ratio < 1 - clip) & (advantage < 0))

@@ -1,0 +1,185 @@
+"""Stages and their composition, in the manner of optax: pure functions with explicit state.
+
+A stage takes a signal and the batch and gives a signal. A chain of stages is checked when it is built: each stage declares which kind of
+signal it takes (``kinds.Signature``), so an order that makes no sense never runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.estimators.batch import AdvantageBatch, RewardBatch
+from flowalign.estimators.kinds import END, START, Signature
+
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """The table that stages hand on.
+
+    Shapes:
+        x: ``[rows, rewards]`` float64; NaN where it could not be computed.
+        sample, step: ``[rows]`` int64, which sample (row of the batch) and step a row belongs to; step is 0 before credit is given.
+        raw: ``x`` as it was before the baseline, for scales over raw rewards.
+        weight: ``[rows]`` float64.
+        keep: ``[batch]`` bool.
+        target: ``[rows]`` float64 or None.
+    """
+
+    x: Tensor
+    sample: Tensor
+    step: Tensor
+    weight: Tensor
+    keep: Tensor
+    raw: Tensor | None = None
+    target: Tensor | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def note(self, **stats: float) -> Signal:
+        """Add numbers to log."""
+        return replace(self, stats={**self.stats, **stats})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One named step of an estimator.
+
+    Attributes:
+        name: Its name with options, as ``explain`` prints it.
+        signature: Kinds of signal it takes and gives.
+        apply: From signal, batch and state to signal and new state; pure.
+        init: Makes the state it begins with; a state is a mapping of tensors and numbers.
+    """
+
+    name: str
+    signature: Signature
+    apply: Callable[[Signal, RewardBatch, State], tuple[Signal, State]]
+    init: Callable[[], State] = dict
+
+
+def pure(name: str, signature: Signature, function: Callable[[Signal, RewardBatch], Signal]) -> Stage:
+    """Make a stage without state from a function."""
+    return Stage(name=name, signature=signature, apply=lambda signal, batch, state: (function(signal, batch), state))
+
+
+def segment_key(signal: Signal, batch: RewardBatch, over: str) -> Tensor:
+    """Return the segment of each row: ``group``, ``batch``, ``step`` or ``group_step``.
+
+    Raises:
+        ValueError: If the segmentation is unknown.
+    """
+    if over == "batch":
+        return torch.zeros_like(signal.sample)
+    if over == "group":
+        return batch.group_id[signal.sample]
+    if over == "step":
+        return signal.step
+    if over == "group_step":
+        _, group = torch.unique(batch.group_id[signal.sample], return_inverse=True)
+        return group * (int(signal.step.max()) + 1 if len(signal.step) else 1) + signal.step
+    raise ValueError(f"over: got {over!r}, needed 'group', 'batch', 'step' or 'group_step'")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A checked chain of stages: ``init() -> state`` and ``update(batch, state) -> (advantages, state)``.
+
+    The state is explicit and can be checkpointed. Rows are processed in the order of ``sample_uid``, so that neither their order nor the
+    ranks they came from can change a bit.
+
+    Raises:
+        ValueError: If a stage does not take what the one before it gives; the stage and the remedy are named.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        """Check the chain against the kinds of signals."""
+        kind = START
+        for position, stage in enumerate(self.stages):
+            try:
+                kind = stage.signature(kind)
+            except TypeError as error:
+                raise ValueError(f"stage {position + 1} ({stage.name}) {error}") from None
+        try:
+            END(kind)
+        except TypeError as error:
+            raise ValueError(f"the chain {' -> '.join(stage.name for stage in self.stages)} does not end in advantages: {error}") from None
+
+    def init(self) -> dict[str, State]:
+        """Return the state to begin with, one entry for each stage that has one."""
+        return {str(position): state for position, stage in enumerate(self.stages) if (state := stage.init())}
+
+    def update(self, batch: RewardBatch, state: Mapping[str, State]) -> tuple[AdvantageBatch, dict[str, State]]:
+        """Turn rewards into advantages.
+
+        Args:
+            batch: All samples of the step, of all ranks.
+            state: From ``init`` or the last ``update``.
+
+        Returns:
+            Advantages in the order of the batch's rows, and the new state.
+        """
+        order = torch.argsort(batch.sample_uid)
+        ordered = _reorder(batch, order)
+        rows = len(order)
+        signal = Signal(
+            x=ordered.rewards,
+            sample=torch.arange(rows),
+            step=torch.zeros(rows, dtype=torch.int64),
+            weight=torch.ones(rows, dtype=torch.float64),
+            keep=torch.ones(rows, dtype=torch.bool),
+        )
+        new: dict[str, State] = {}
+        for position, stage in enumerate(self.stages):
+            signal, after = stage.apply(signal, ordered, state.get(str(position), {}))
+            if after:
+                new[str(position)] = after
+        return _collect(signal, ordered, torch.argsort(order)), new
+
+
+def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
+    tables = {name: value[order] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tree = batch.tree and replace(batch.tree, leaf_of_sample=batch.tree.leaf_of_sample[order])
+    return RewardBatch(**tables, tree=tree)
+
+
+def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
+    """Lay the rows out as ``[batch, T]`` in the caller's order; what could not be scored or is masked is 0."""
+    num, steps = len(batch.rewards), batch.num_steps
+    scored = ~torch.isnan(signal.x[:, 0])
+    keep = signal.keep.clone()
+    keep[signal.sample[~scored]] = False
+    usable = keep[signal.sample]
+    if batch.step_mask is not None:
+        usable = usable & batch.step_mask[signal.sample, signal.step]
+
+    def table(values: Tensor, default: float) -> Tensor:
+        laid_out = torch.full((num, steps), default, dtype=torch.float64)
+        laid_out[signal.sample, signal.step] = torch.where(usable, values, default)
+        # float32 is what the losses work in; all statistics before this line are float64.
+        return laid_out.float()[back]
+
+    advantage = table(torch.nan_to_num(signal.x[:, 0]), 0.0)
+    stats = {**signal.stats, "kept": float(keep.double().mean()) if num else 0.0, "size": float(advantage.abs().mean()) if num else 0.0}
+    return AdvantageBatch(
+        advantage=advantage,
+        weight=table(signal.weight, 0.0),
+        keep=keep[back],
+        target=None if signal.target is None else table(signal.target, 1.0),
+        stats=stats,
+    )
+
+
+def chain(*stages: Stage | Sequence[Stage]) -> Estimator:
+    """Compose stages, flattening sequences of them."""
+    flat: list[Stage] = []
+    for stage in stages:
+        flat.extend([stage] if isinstance(stage, Stage) else stage)
+    return Estimator(tuple(flat))

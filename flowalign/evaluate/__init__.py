@@ -1,0 +1,1 @@
+"""Benchmark suites, statistics, fidelity measures and the HTML report."""

@@ -1,0 +1,183 @@
+"""What an evaluation leaves behind: one record for each image, from which every score can be computed again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flowalign.evaluate.scores import Difference, Interval, Scores
+from flowalign.evaluate.statistics import bootstrap, paired_difference
+
+Measure = Literal["strict", "graded"]
+MEASURES: tuple[Measure, ...] = ("strict", "graded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The verdict on one image.
+
+    Attributes:
+        id: Stable id of the prompt: it depends on what the prompt says and on nothing else.
+        prompt: Text of the prompt.
+        tag: Kind of the prompt.
+        meaning: Equal for prompts that ask for the same thing; None where the suite does not know.
+        k: Number of the image among those of its prompt, from 0.
+        strict: Whether everything is right.
+        graded: Partial credit in [0, 1].
+        clauses: Which of the prompt's sub-checks hold, by name.
+        reason: Why the image failed; empty where it passed.
+    """
+
+    id: int
+    prompt: str
+    tag: str
+    meaning: str | None = None
+    k: int
+    strict: bool
+    graded: float
+    clauses: dict[str, bool] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model's records on a suite.
+
+    Attributes:
+        suite: Name of the suite.
+        seed: The seed of the noise.
+        records: One for each image.
+        images: ``[image, 3, h, w]`` in the order of the records, if they were kept.
+    """
+
+    suite: str
+    seed: int
+    records: tuple[Record, ...]
+    images: Tensor | None = field(default=None, repr=False)
+
+    def scores(self, measure: Measure = "strict") -> Scores:
+        """Return the scores of a measure, with intervals."""
+        ids, tags = [record.id for record in self.records], [record.tag for record in self.records]
+        return bootstrap(_values(self.records, measure), ids, tags)
+
+    def num_meanings(self) -> dict[str, int]:
+        """Count the distinct meanings of each tag, for tags whose meanings the suite knows."""
+        meanings: dict[str, set[str]] = {}
+        for record in self.records:
+            if record.meaning is not None:
+                meanings.setdefault(record.tag, set()).add(record.meaning)
+        return {tag: len(found) for tag, found in sorted(meanings.items())}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the scores as JSON: ``strict`` and ``graded``, each ``overall``, ``micro`` and ``per_tag``, and the sizes."""
+        scores = self.scores()
+        return {
+            "strict": scores.as_dict(),
+            "graded": self.scores("graded").as_dict(),
+            "suite": self.suite,
+            "seed": self.seed,
+            "num_prompts": scores.num_prompts,
+            "num_images": scores.num_images,
+            "num_meanings": self.num_meanings(),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Write the records as JSON lines; :func:`read_evaluation` reads them back (without images)."""
+        head = {"suite": self.suite, "seed": self.seed}
+        lines = [json.dumps({**head, **asdict(record)}, ensure_ascii=False) for record in self.records]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """Read the records that :meth:`Evaluation.write` wrote.
+
+    Raises:
+        ValueError: If a line is not a record, with its number, or the file mixes suites or seeds.
+    """
+    records, heads = [], set()
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            heads.add((str(fields.pop("suite")), int(fields.pop("seed"))))
+            records.append(Record(**fields))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a record of an evaluation ({error})") from error
+    if len(heads) != 1:
+        raise ValueError(f"{path}: needed the records of one suite and one seed, got {sorted(heads) or 'no records'}")
+    suite, seed = heads.pop()
+    return Evaluation(suite=suite, seed=seed, records=tuple(records))
+
+
+def compare(base: Evaluation, tuned: Evaluation) -> dict[Measure, Difference]:
+    """Compare two models on the same prompts and noise: tuned minus base, for each measure.
+
+    Raises:
+        ValueError: If the two were not evaluated on the same suite, seed, prompts and images.
+    """
+    if (base.suite, base.seed) != (tuned.suite, tuned.seed):
+        raise ValueError(
+            f"compare: got suite {base.suite!r} with seed {base.seed} and suite {tuned.suite!r} with seed {tuned.seed}; "
+            "a paired comparison needs the same suite and the same seed (evaluate one of the two again)"
+        )
+    first = sorted(base.records, key=lambda record: (record.id, record.k))
+    second = sorted(tuned.records, key=lambda record: (record.id, record.k))
+    if [(r.id, r.k) for r in first] != [(r.id, r.k) for r in second]:
+        odd = {(r.id, r.k): r.prompt for r in (*first, *second)}
+        alone = {(r.id, r.k) for r in first} ^ {(r.id, r.k) for r in second}
+        example = f", for example {odd[min(alone)]!r}" if alone else ""
+        raise ValueError(f"compare: {len(alone)} images have no partner{example}; needed the same prompts and images for both")
+    ids, tags = [record.id for record in first], [record.tag for record in first]
+    return {m: paired_difference(_values(first, m), _values(second, m), ids, tags) for m in MEASURES}
+
+
+def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure = "strict") -> str:
+    """Write the scores of one model, or of two and their difference, as text for a terminal.
+
+    Examples:
+        >>> records = [Record(id=i, prompt="p", tag="colors", k=0, strict=i > 1, graded=1.0) for i in range(4)]
+        >>> print(table(Evaluation(suite="shapes", seed=0, records=tuple(records))))
+        tag           prompts  images  strict
+        colors              4       4  0.500 [0.000, 1.000]
+        macro mean          4       4  0.500 [0.000, 1.000]
+        mean of images      4       4  0.500 [0.000, 1.000]
+    """
+    columns: dict[str, Scores] = {measure if tuned is None else "base": base.scores(measure)}
+    if tuned is not None:
+        columns |= {"tuned": tuned.scores(measure), "difference": compare(base, tuned)[measure]}
+    first = next(iter(columns.values()))
+    meanings = base.num_meanings()
+    rows = [["tag", "prompts", *(["meanings"] if meanings else []), "images", *columns]]
+
+    def row(name: str, tags: Sequence[str], cells: Sequence[Interval]) -> list[str]:
+        counts = [first.num_prompts, *([meanings] if meanings else []), first.num_images]
+        return [name, *(str(sum(count.get(tag, 0) for tag in tags)) for count in counts), *map(str, cells)]
+
+    rows += [row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]) for tag in first.per_tag]
+    rows.append(row("macro mean", [*first.per_tag], [scores.overall for scores in columns.values()]))
+    rows.append(row("mean of images", [*first.per_tag], [scores.micro for scores in columns.values()]))
+    return _aligned(rows, num_right=len(rows[0]) - 1 - len(columns))
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, num_right: int) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if 1 <= column <= num_right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _values(records: Sequence[Record], measure: Measure) -> list[float]:
+    fields: Mapping[Measure, list[float]] = {
+        "strict": [float(record.strict) for record in records],
+        "graded": [record.graded for record in records],
+    }
+    return fields[measure]

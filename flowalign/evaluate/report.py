@@ -1,0 +1,262 @@
+"""The report of a run: one HTML file with everything in it, that asks no network for anything."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from torch import Tensor
+
+from flowalign.evaluate.charts import Chart, Drawing, draw
+from flowalign.evaluate.records import Evaluation, Measure, compare
+from flowalign.evaluate.scores import Interval
+from flowalign.images import png_bytes
+
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The one result: what was measured, before and after, and the paired difference."""
+
+    name: str
+    base: Interval
+    tuned: Interval
+    difference: Interval
+    p_value: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Images of one prompt before and after; column i of both has the same noise.
+
+    Shapes:
+        base, tuned: ``[image, 3, h, w]`` in [0, 1].
+    """
+
+    prompt: str
+    base: Tensor
+    tuned: Tensor
+    base_passed: Sequence[bool]
+    tuned_passed: Sequence[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One line of the table of scores; ``note`` says how many prompts and meanings stand behind it."""
+
+    name: str
+    note: str
+    base: Interval
+    tuned: Interval
+    difference: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A part of the run's time."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Any other table; every cell is text, the first of a row is its header."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse rows of another length than the header.
+
+        Raises:
+            ValueError: If one has.
+        """
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"table {self.title!r}: every row needs {len(self.columns)} cells, one for each column")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that stands in a report; parts that are empty are left out.
+
+    Attributes:
+        title: Main heading.
+        subtitle: One line below it: model, algorithm, suite.
+        headline: The one result.
+        comparisons: Images before and after.
+        scores: The table of scores; the last row is the overall score.
+        charts: Curves of the run.
+        shares: Where the time went.
+        tables: Drift and whatever else is tabular.
+        command: The exact command.
+        configuration: The resolved configuration, YAML.
+        versions: Names and versions of packages.
+        hardware: Names and values.
+        notes: Sentences that a reader must know to read the numbers rightly.
+    """
+
+    title: str
+    subtitle: str = ""
+    headline: Headline | None = None
+    comparisons: Sequence[Comparison] = ()
+    scores: Sequence[ScoreRow] = ()
+    charts: Sequence[Chart] = ()
+    shares: Sequence[Share] = ()
+    tables: Sequence[Table] = ()
+    command: str = ""
+    configuration: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write a report as one self-contained HTML file and return its path.
+
+    All text is escaped, and a content policy in the file forbids it to load anything. The file appears whole or not at all.
+
+    Raises:
+        ValueError: If an image has a wrong shape or range (see :func:`flowalign.images.to_pil`), or a comparison's parts differ in length.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(render(report), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def render(report: Report) -> str:
+    """Return a report as HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
+    source = resources.files("flowalign.evaluate").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    drawings: list[Drawing] = [draw(chart) for chart in report.charts]
+    return environment.from_string(source).render(
+        report=report,
+        cards=[_card(comparison) for comparison in report.comparisons],
+        drawings=drawings,
+        total_seconds=sum(share.seconds for share in report.shares),
+    )
+
+
+def score_rows(base: Evaluation, tuned: Evaluation, *, measure: Measure = "strict") -> list[ScoreRow]:
+    """Return the rows of the table of scores: each tag, then the macro mean."""
+    first, second, difference = base.scores(measure), tuned.scores(measure), compare(base, tuned)[measure]
+    meanings = base.num_meanings()
+
+    def note(num_prompts: int, num_meanings: int) -> str:
+        return f"{num_prompts} prompts" + (f", {num_meanings} meanings" if num_meanings else "")
+
+    rows = [
+        ScoreRow(
+            name=tag.replace("_", " "),
+            note=note(first.num_prompts[tag], meanings.get(tag, 0)),
+            base=first.per_tag[tag],
+            tuned=second.per_tag[tag],
+            difference=difference.per_tag[tag],
+        )
+        for tag in first.per_tag
+    ]
+    overall = note(sum(first.num_prompts.values()), sum(meanings.values()))
+    return [
+        *rows,
+        ScoreRow(
+            name="overall", note=overall, base=first.overall, tuned=second.overall, difference=difference.overall
+        ),
+    ]
+
+
+def headline(base: Evaluation, tuned: Evaluation, *, name: str, measure: Measure = "strict", note: str = "") -> Headline:
+    """Return the headline of two evaluations."""
+    difference = compare(base, tuned)[measure]
+    return Headline(
+        name=name,
+        base=base.scores(measure).overall,
+        tuned=tuned.scores(measure).overall,
+        difference=difference.overall,
+        p_value=difference.p_value,
+        note=note,
+    )
+
+
+def comparisons(base: Evaluation, tuned: Evaluation, *, prompts_per_tag: int = 2, num_images: int = 4) -> list[Comparison]:
+    """Return before and after of the first prompts of each tag: chosen by their place in the suite, never by their outcome.
+
+    Raises:
+        ValueError: If the evaluations did not keep their images, or are not of the same images in the same order.
+    """
+    if base.images is None or tuned.images is None:
+        raise ValueError("comparisons: the evaluations hold no images; run them with keep_images=True")
+    if [(r.id, r.k) for r in base.records] != [(r.id, r.k) for r in tuned.records]:
+        raise ValueError("comparisons: needed two evaluations of the same prompts and images in the same order")
+    rows: dict[str, dict[int, list[int]]] = {}
+    for row, record in enumerate(base.records):
+        rows.setdefault(record.tag, {}).setdefault(record.id, []).append(row)
+    result = []
+    for prompts in rows.values():
+        for chosen in [row[:num_images] for row in list(prompts.values())[:prompts_per_tag]]:
+            result.append(
+                Comparison(
+                    prompt=base.records[chosen[0]].prompt,
+                    base=base.images[chosen],
+                    tuned=tuned.images[chosen],
+                    base_passed=[base.records[row].strict for row in chosen],
+                    tuned_passed=[tuned.records[row].strict for row in chosen],
+                )
+            )
+    return result
+
+
+def _card(comparison: Comparison) -> dict[str, object]:
+    sides = []
+    for name, images, passed in (
+        ("base", comparison.base, comparison.base_passed),
+        ("tuned", comparison.tuned, comparison.tuned_passed),
+    ):
+        if len(images) != len(passed) or len(images) != len(comparison.base):
+            raise ValueError(f"comparison {comparison.prompt!r}: needed as many {name} images as verdicts, and as base images")
+        pictures = [
+            {"uri": "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode(), "passed": bool(good)}
+            for image, good in zip(images, passed, strict=True)
+        ]
+        sides.append({"name": name, "pictures": pictures, "num_passed": sum(bool(good) for good in passed)})
+    return {"prompt": comparison.prompt, "sides": sides}
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _span(interval: Interval, pattern: str = "{:.3f}") -> str:
+    if interval.low is None or interval.high is None:
+        return "no interval"
+    return f"{pattern.format(interval.low)} to {pattern.format(interval.high)}".replace("-", "\N{MINUS SIGN}")
+
+
+def _percent(value: float | None) -> str:
+    """A place on a bar from 0 to 1, as CSS wants it."""
+    return f"{100 * min(max(value or 0.0, 0.0), 1.0):.2f}%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

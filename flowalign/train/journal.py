@@ -1,0 +1,91 @@
+"""A run's folder, its log, its progress on the terminal and its sample grids."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Clock:
+    """Wall time of the phases of a step, in seconds."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """Return the phases and the whole since the last call, and begin anew."""
+        now = time.perf_counter()
+        taken = {**self.spent, "total": now - self._began}
+        self.spent, self._began = {}, now
+        return taken
+
+
+class Journal:
+    """Appends one JSON line for each step to ``log.jsonl`` and shows the same on the terminal.
+
+    Lines of steps at or beyond ``start`` (left by a run that was killed before its checkpoint) and a torn last line are dropped.
+    """
+
+    def __init__(self, path: Path, *, start: int, steps: int, show: bool) -> None:
+        kept = [line for line in _whole_lines(path) if line["step"] < start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._path = path
+        self._bar = tqdm(total=steps, initial=start, desc="train", disable=not show)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Log a finished step."""
+        with self._path.open("a") as log:
+            log.write(json.dumps(line, allow_nan=True) + "\n")
+        self._bar.update(1)
+        if not self._bar.disable:
+            tqdm.write(status(line))
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        self._bar.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the line that a kill tore; nothing follows it
+    return lines
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a run's log, without a torn last line."""
+    return _whole_lines(path)
+
+
+def status(line: Mapping[str, Any]) -> str:
+    """Say a step in one line: raw rewards, drift, ratio, speed and where the time went."""
+    rewards = "  ".join(f"{name} {mean:.3f}" for name, mean in line["reward"].items())
+    metrics = line["metrics"]
+    shown = [
+        f"{name.split('/')[0]} {metrics[name]:.4f}"
+        for name in ("distance/reference", "kl/reference", "ratio", "clip_fraction")
+        if name in metrics
+    ]
+    spent = line["time_s"]
+    shares = " ".join(f"{name} {100 * spent[name] / spent['total']:.0f}%" for name in ("rollout", "reward", "train") if name in spent)
+    speed = f"{line['images'] / spent['total']:.1f} images/s"
+    return f"step {line['step'] + 1:>4}  {rewards}  {'  '.join(shown)}  |grad| {line['grad_norm']:.3f}  {speed}  ({shares})"

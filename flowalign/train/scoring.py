@@ -1,0 +1,86 @@
+"""From images to a reward table: every reward's raw values, checked at the border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Scores(Protocol):
+    """What a reward returns: named columns ``[batch]``, and clause matrices where it has them."""
+
+    values: Mapping[str, Tensor]
+    clauses: Tensor | None
+    clauses_valid: Tensor | None
+
+
+class Reward(Protocol):
+    """Scores images against their prompts; higher is better."""
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        """Return a score for each image."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedReward:
+    """A reward of a run: its name in logs, its weight, and whether NaN may mean "not computed"."""
+
+    name: str
+    weight: float
+    reward: Reward
+    may_skip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTable:
+    """Raw rewards ``[batch, R]`` float64 in the order of ``names``, with the first clause matrix that a reward gave."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    clauses: Tensor | None
+    clauses_valid: Tensor | None
+
+
+def _check(name: str, values: Tensor, prompts: Sequence[str], may_skip: bool) -> Tensor:
+    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    if values.shape != (len(prompts),):
+        raise ValueError(f"reward {name!r}: returned shape {tuple(values.shape)} for {len(prompts)} images, needed ({len(prompts)},)")
+    bad = torch.isinf(values) if may_skip else ~torch.isfinite(values)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        hint = "" if may_skip else "; if it may skip samples, set may_skip: true for this reward"
+        raise ValueError(f"reward {name!r}: returned {values[row].item()} for sample {row} (prompt {prompts[row]!r}){hint}")
+    return values
+
+
+def score(rewards: Sequence[NamedReward], images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> RewardTable:
+    """Run every reward on the images.
+
+    Args:
+        rewards: At least one; a reward with several named columns gives ``name/column`` for each.
+        images: ``[batch, 3, h, w]`` in [0, 1].
+        prompts: One text for each image.
+        metadata: One record for each image.
+
+    Returns:
+        The table of raw values, before any weighting.
+
+    Raises:
+        ValueError: If a reward returns the wrong length or a value that is not finite; reward, sample and prompt are named.
+    """
+    names: list[str] = []
+    columns: list[Tensor] = []
+    clauses = valid = None
+    for entry in rewards:
+        result = entry.reward(images, prompts, metadata)
+        for column, values in result.values.items():
+            names.append(entry.name if len(result.values) == 1 else f"{entry.name}/{column}")
+            columns.append(_check(names[-1], values, prompts, entry.may_skip))
+        if clauses is None and result.clauses is not None:
+            clauses, valid = result.clauses, result.clauses_valid
+    return RewardTable(names=tuple(names), values=torch.stack(columns, 1), clauses=clauses, clauses_valid=valid)
