@@ -1,0 +1,189 @@
+"""Roles: named versions of one network. Each is the base plus at most one adapter, or a frozen full copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+CURRENT, REFERENCE = "current", "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters (Hu et al., 2021).
+
+    Attributes:
+        rank: Rank r.
+        alpha: The update is scaled by alpha / rank.
+        targets: Names of the linear layers that get one; None for the family's default.
+        init: "gaussian" draws A from a normal and leaves B at 0; True is peft's default.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] | None = None
+    init: Literal["gaussian", "default"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be meant."""
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"lora: got rank {self.rank} and alpha {self.alpha}, needed a rank of at least 1 and a positive alpha")
+
+
+class Roles:
+    """The versions of one denoiser.
+
+    With LoRA, every role but ``reference`` is an adapter on the one module, and ``reference`` is the module with its adapters off: the
+    base, bit for bit. Without LoRA, ``current`` is the module and the others are frozen copies.
+    """
+
+    def __init__(self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0) -> None:
+        self.module, self.lora = module, lora
+        self.names: list[str] = []
+        self._copies: dict[str, nn.Module] = {}
+        self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
+        module.requires_grad_(lora is None)
+        if self._config is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module.add_adapter(self._config, adapter_name=CURRENT)
+            for parameter in self._adapter(CURRENT).values():
+                # Adapters are trained in float32 whatever the base is in: bf16 cannot hold updates of 1e-4 of a weight.
+                parameter.data = parameter.data.float()
+        self.names.append(CURRENT)
+        self._select(CURRENT)
+
+    def _adapter(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters of an adapter under names without the adapter's own."""
+        marker = f".{name}."
+        return {key.replace(marker, "."): value for key, value in self.module.named_parameters() if marker in key and "lora_" in key}
+
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors that make a role differ from the base (with LoRA) or all its parameters."""
+        if name not in self.names:
+            raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)})")
+        if self.lora is not None:
+            return dict(self._adapter(name)) if name != REFERENCE else {}
+        return dict((self.module if name == CURRENT else self._copies[name]).named_parameters())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer moves: the parameters of ``current``."""
+        return [parameter for parameter in self.parameters(CURRENT).values() if isinstance(parameter, nn.Parameter)]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that carry an adapter; without LoRA all linear layers."""
+        if self.lora is not None:
+            return sum("lora_A" in key for key in self._adapter(CURRENT))
+        return sum(isinstance(layer, nn.Linear) for layer in self.module.modules())
+
+    def add(self, name: str) -> None:
+        """Add a role as a frozen copy of ``current``; ``reference`` is the base itself with LoRA."""
+        if name in self.names:
+            return
+        if self.lora is None:
+            self._copies[name] = copy.deepcopy(self.module).requires_grad_(False)
+        elif name != REFERENCE:
+            with torch.random.fork_rng(devices=[]):
+                self.module.add_adapter(self._config, adapter_name=name)
+            for parameter in self._adapter(name).values():
+                parameter.data = parameter.data.float()
+        self.names.append(name)
+        self.blend(name, 0.0)
+        self._select(CURRENT)
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """Move a role towards ``current``: ``role <- decay * role + (1 - decay) * current``."""
+        if name == REFERENCE or decay == 1:
+            return
+        source = self.parameters(CURRENT)
+        for key, value in self.parameters(name).items():
+            value.copy_(source[key]) if decay == 0 else value.lerp_(source[key], 1 - decay)
+
+    def _select(self, name: str) -> None:
+        if self.lora is None:
+            return
+        if name == REFERENCE:
+            self.module.disable_adapters()
+        else:
+            self.module.enable_adapters()
+            self.module.set_adapter(name)
+        # peft makes the selected adapter trainable and the others not; only `current` ever is.
+        for role in self.names:
+            if role != REFERENCE:
+                for parameter in self._adapter(role).values():
+                    parameter.requires_grad_(role == CURRENT)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[nn.Module | None]:
+        """Make the module act as a role; yields the module to call instead, or None for the module itself."""
+        if name not in self.names:
+            raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)}); add it first")
+        if name == CURRENT:
+            yield None
+            return
+        if self.lora is None:
+            yield self._copies[name]
+            return
+        self._select(name)
+        try:
+            yield None
+        finally:
+            self._select(CURRENT)
+
+    def lora_state_dict(self, name: str) -> dict[str, Tensor]:
+        """Return a role's adapter in peft's layout, as ``save_lora_weights`` wants it."""
+        return get_peft_model_state_dict(self.module, adapter_name=name)
+
+    def lora_metadata(self) -> dict[str, Any]:
+        """Return the adapter's configuration for the file's metadata, so that rank and alpha survive."""
+        assert self._config is not None
+        settings = self._config.to_dict()
+        settings["target_modules"] = sorted(settings["target_modules"])
+        return {key: value for key, value in settings.items() if isinstance(value, str | int | float | bool | list | dict | type(None))}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of every role but the reference, for an exact resume."""
+        return {name: self.parameters(name) for name in self.names if name != REFERENCE}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            ValueError: If roles or tensors are missing or have other shapes.
+        """
+        for name, tensors in state.items():
+            if name not in self.names:
+                self.add(name)
+            mine = self.parameters(name)
+            if mine.keys() != tensors.keys():
+                missing = sorted(set(mine) ^ set(tensors))[:3]
+                raise ValueError(f"role {name!r}: the stored tensors are not those of this model (for example {', '.join(missing)})")
+            for key, value in mine.items():
+                if value.shape != tensors[key].shape:
+                    raise ValueError(f"role {name!r}, {key}: stored shape {tuple(tensors[key].shape)}, needed {tuple(value.shape)}")
+                value.copy_(tensors[key])
+
+
+def _peft_config(module: nn.Module, lora: LoRA, targets: tuple[str, ...]) -> LoraConfig:
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(endings[:20])}")
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(targets),
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        lora_dropout=0.0,  # dropout would make the rollout's network another one than the trained one
+    )
