@@ -111,7 +111,7 @@ AVERAGE = "average"
 _ID_LIMIT = 2**20  # samples of one group
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
 
 

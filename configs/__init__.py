@@ -1,0 +1,1 @@
+"""Configurations that ship with flowalign: one YAML is one reproducible run."""

@@ -1,0 +1,146 @@
+"""The command line. Thin: each command parses, then calls ``flowalign.run``, which is imported only then."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+KINDS = ("pipelines", "rewards", "algorithms", "estimators")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowalign",
+        description="Align diffusion and flow image models against rewards, and measure whether it helped.",
+        epilog="Start with: flowalign demo",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            epilog=f"Example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    demo = add("demo", "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU", "flowalign demo --output runs/demo")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
+    demo.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores, at most 8")
+
+    train = add("train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4")
+
+    evaluate = add("evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo")
+    evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
+    evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
+    evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
+    evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
+    evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    evaluate.add_argument("--num-prompts", type=int, default=300, help="number of prompts, the tags in equal shares as far as they go")
+    evaluate.add_argument("--images-per-prompt", type=int, default=4, help="images of each prompt")
+    evaluate.add_argument("--num-steps", type=int, default=None, help="denoising steps; default: the run's, or 10")
+
+    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo")
+    sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
+    sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
+    sample.add_argument("--output", type=Path, default=Path("samples.png"), help="PNG file")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sample.add_argument("--num-images", type=int, default=4, help="images of each prompt")
+    sample.add_argument("--num-steps", type=int, default=None, help="denoising steps; default: the run's, or 10")
+
+    world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
+    actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pretrain = actions.add_parser(
+        "pretrain", help="pretrain the shapes pipeline; the same command resumes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
+    pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    pretrain.add_argument("--steps", type=int, default=None, help="steps of the denoiser; default: as shipped")
+    pretrain.add_argument("--threads", type=int, default=2, help="CPU threads")
+
+    listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
+    listing.add_argument("kind", choices=KINDS, help="what to list")
+    add("env", "print versions and devices for a bug report", "flowalign env")
+    return parser
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    if options.command == "list":
+        from flowalign.plugins import available
+
+        rows = available(options.kind)
+        width = max(map(len, rows), default=0)
+        print("\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items()))
+        return
+    if options.command == "env":
+        from flowalign.env import table
+
+        print(table())
+        return
+    if options.command == "shapes":
+        from flowalign.shapes.pretrain import PretrainConfig, pretrain
+
+        steps = {} if options.steps is None else {"steps": options.steps}
+        print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
+        return
+    _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from flowalign import run
+
+    if options.command == "demo":
+        from flowalign.demo import demo
+
+        demo(options.output, seed=options.seed, threads=options.threads)
+    elif options.command == "train":
+        run.train(options.config, options.overrides)
+    elif options.command == "evaluate":
+        run.evaluate(
+            options.model,
+            suite_name=options.suite,
+            lora=options.lora,
+            against=options.against,
+            output=options.output,
+            seed=options.seed,
+            num_prompts=options.num_prompts,
+            images_per_prompt=options.images_per_prompt,
+            num_steps=options.num_steps,
+        )
+    else:
+        run.sample(
+            options.model,
+            options.prompts,
+            lora=options.lora,
+            output=options.output,
+            seed=options.seed,
+            num_images=options.num_images,
+            num_steps=options.num_steps,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
+    options = _parser().parse_args(arguments)
+    try:
+        _dispatch(options)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1":
+            raise
+        print(f"flowalign: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+"""What a bug report needs to say of the machine: versions, threads and devices; no host names and no paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+PACKAGES = (
+    "flowalign-diffusion",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "open_clip_torch",
+    "torchmetrics",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, str]:
+    """Return processor, threads and accelerators."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("Apple GPU (mps)")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "devices": ", ".join(devices) or "none (CPU)",
+    }
+
+
+def table() -> str:
+    """Return both as a text table."""
+    rows = {**versions(), **hardware()}
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())

@@ -1,0 +1,347 @@
+"""Assemble the parts: train from a configuration, evaluate, sample, and the demo that does all of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from flowalign import config as configuration
+from flowalign import data, estimators, images, shapes
+from flowalign.config import ConfigError, Plugin
+from flowalign.core.plans import ode
+from flowalign.core.randomness import normal
+from flowalign.evaluate.records import Evaluation, compare, table
+from flowalign.evaluate.suites import run_suite, suite
+from flowalign.pipelines.base import FlowPipeline
+from flowalign.train.fit import AVERAGE, TrainConfig, Trainer
+from flowalign.train.scoring import NamedReward
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Where training prompts come from.
+
+    Attributes:
+        source: "shapes", or a file: ``.txt`` with a prompt a line, ``.jsonl`` with a record a line.
+        split: Of the shapes world: "train" or "heldout".
+        num: How many; null for all.
+    """
+
+    source: str = "shapes"
+    split: str = "train"
+    num: int | None = None
+
+    def load(self, seed: int) -> list[data.Prompt]:
+        """Read or generate the prompts."""
+        if self.source == "shapes":
+            return data.number(shapes.prompts(self.split, seed=seed, num=self.num), "prompts")  # type: ignore[arg-type]
+        prompts = data.read_prompts(Path(self.source))
+        return prompts[: self.num]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One reward of a run.
+
+    Attributes:
+        reward: The plugin.
+        weight: Weight in the sum of rewards; 0 only logs it.
+        may_skip: NaN means "not computed" instead of being an error.
+    """
+
+    reward: Annotated[Any, Plugin("rewards")]
+    weight: float = 1.0
+    may_skip: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        if self.weight < 0:
+            raise ValueError(f"weight: must not be negative, got {self.weight} (to penalise, negate the reward and keep the weight positive)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One reproducible run.
+
+    Attributes:
+        seed: Seed of everything.
+        steps: Training steps in all.
+        output: Run folder.
+        pipeline: Model and how it samples.
+        prompts: Training prompts.
+        rewards: What images are scored by.
+        advantage: Recipe of the estimator core: a name, a mapping with "type", or a list of stages.
+        algorithm: How advantages become a loss.
+        train: Sizes and rates.
+    """
+
+    seed: int = 0
+    steps: int
+    output: Path = Path("runs/run")
+    pipeline: Annotated[Any, Plugin("pipelines")]
+    prompts: PromptsConfig = PromptsConfig()
+    rewards: tuple[RewardConfig, ...]
+    advantage: Any = "flow_grpo"
+    algorithm: Annotated[Any, Plugin("algorithms")]
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a run that cannot begin."""
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, needed at least 1")
+        if not self.rewards:
+            raise ValueError("rewards: got none, needed at least one")
+
+
+def find_config(name: str) -> Path:
+    """Return a configuration's path: a file, or the name of one that ships with flowalign.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    shipped = CONFIGS / f"{name}.yaml"
+    if Path(name).is_file() or not shipped.is_file():
+        if not Path(name).is_file():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise FileNotFoundError(f"{name}: no such file, and no shipped configuration of that name (there are {known})")
+        return Path(name)
+    return shipped
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and decode a configuration."""
+    raw = configuration.override(configuration.read_yaml(find_config(name)), overrides)
+    decoded: RunConfig = configuration.decode(RunConfig, raw)
+    return decoded
+
+
+def claim_folder(config: RunConfig) -> bool:
+    """Write the resolved configuration into the run folder, or check that a run that is there is the same but for its length.
+
+    Returns:
+        True if there was a run already.
+
+    Raises:
+        ConfigError: If the folder belongs to another configuration; the changed fields are listed.
+    """
+    encoded = configuration.encode(config)
+    path = config.output / "config.yaml"
+    if path.is_file():
+        # More steps is going on, and a moved folder is the same run.
+        free = ("steps", "output")
+        before = {key: value for key, value in configuration.read_yaml(path).items() if key not in free}
+        changed = configuration.differences(before, {key: value for key, value in encoded.items() if key not in free})
+        if changed:
+            raise ConfigError(
+                f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"
+            )
+    existed = path.is_file()
+    config.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(encoded, sort_keys=False))
+    return existed
+
+
+def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
+    """Build every part of a run."""
+    prompts = config.prompts.load(config.seed)
+    if len(prompts) < config.train.groups:
+        raise ConfigError(f"train.groups: a step takes {config.train.groups} prompts, but there are {len(prompts)}; lower it or add prompts")
+    rewards = [
+        NamedReward(name=name, weight=entry.weight, reward=entry.reward.build(), may_skip=entry.may_skip)
+        for name, entry in zip(_reward_names(config), config.rewards, strict=True)
+    ]
+    weights = tuple(entry.weight for entry in config.rewards)
+    plain = isinstance(config.advantage, list) or len(weights) == 1
+    estimator = estimators.from_config(config.advantage, **({} if plain else {"reward_weights": weights}))
+    built = pipeline or config.pipeline.build(device=accelerator.device, seed=config.seed)
+    return Trainer(
+        pipeline=built,
+        algorithm=config.algorithm.build(),
+        estimator=estimator,
+        rewards=rewards,
+        draw=lambda step: data.draw(prompts, seed=config.seed, step=step, num=config.train.groups),
+        config=config.train,
+        seed=config.seed,
+        folder=config.output,
+        accelerator=accelerator,
+    )
+
+
+def _reward_names(config: RunConfig) -> list[str]:
+    names = [type(entry.reward).__module__.rpartition(".")[2] for entry in config.rewards]
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> Trainer:
+    """Train and save the weights into ``output/weights``."""
+    accelerator = Accelerator(log_with=list(config.train.trackers) or None, project_dir=str(config.output))
+    # Built first: a mistake in the configuration must not claim a folder.
+    trainer = build_trainer(config, accelerator, pipeline=pipeline)
+    if accelerator.is_main_process:
+        claim_folder(config)
+    accelerator.wait_for_everyone()
+    if config.train.trackers:
+        accelerator.init_trackers("flowalign")
+    if config.train.sample_every:
+        trainer.after_step = _sample_grids(config, accelerator)
+    trainer.fit(config.steps)
+    if accelerator.is_main_process:
+        role = AVERAGE if config.train.ema_decay is not None else "current"
+        trainer.pipeline.save(config.output / "weights", role)  # type: ignore[attr-defined]
+        print(f"weights: {config.output / 'weights'}")
+    accelerator.end_training()
+    return trainer
+
+
+def _sample_grids(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], Tensor], None]:
+    def write(line: dict[str, Any], made: Tensor) -> None:
+        if accelerator.is_main_process and line["step"] % config.train.sample_every == 0:
+            columns = min(config.train.group_size, len(made))
+            picture = images.grid(made[: 4 * columns].cpu(), columns)
+            images.save_png(picture, config.output / "samples" / f"step_{line['step']:06d}.png")
+
+    (config.output / "samples").mkdir(parents=True, exist_ok=True)
+    return write
+
+
+def train(name: str, overrides: Sequence[str] = ()) -> None:
+    """Train from a configuration; the command ``flowalign train``."""
+    run_training(load_config(name, overrides))
+
+
+# -- evaluate and sample --------------------------------------------------------------------------------------------------------
+
+
+def generator_of(pipeline: FlowPipeline, num_steps: int) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
+    """Return what a suite calls for images: the pipeline's ODE from noise keyed by (noise id, k)."""
+
+    def generate(prompts: list[str], seeds: list[tuple[int, int]]) -> Tensor:
+        ids, numbers = (torch.tensor(column) for column in zip(*seeds, strict=True))
+        x_init = normal(pipeline.event_shape, seed=0, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
+        cond = pipeline.encode(prompts)
+        done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init)
+        return pipeline.decode(done.x0)
+
+    return generate
+
+
+def score_model(pipeline: FlowPipeline, chosen: Any, *, num_steps: int, seed: int, title: str, batch_size: int = 128) -> Evaluation:
+    """Run a suite on a pipeline's current weights, with a progress bar."""
+    with tqdm(desc=f"evaluate {title}", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return run_suite(
+            chosen, generator_of(pipeline, num_steps), batch_size=batch_size, seed=seed, keep_images=True, progress=progress
+        )
+
+
+def pipeline_of(model: str, lora: Path | None, *, num_steps: int | None = None) -> FlowPipeline:
+    """Load a model for evaluation, with the settings of the run that trained its LoRA where there is one.
+
+    Args:
+        model: Folder, hub id or "shapes".
+        lora: A run folder, its ``weights`` folder, or a LoRA file.
+        num_steps: Denoising steps; None for the run's, or 10.
+    """
+    from dataclasses import replace
+
+    from flowalign.pipelines import lora_files, sd3
+    from flowalign.pipelines.roles import LoRA
+
+    settings = sd3.Config(model=model, max_sequence_length=16 if model == "shapes" else 256)
+    if lora is not None:
+        weights = lora / "weights" if (lora / "weights").is_dir() else lora
+        run = next((p for p in (lora / "config.yaml", lora.parent / "config.yaml") if p.is_file()), None)
+        if run is not None:
+            settings = replace(load_config(str(run)).pipeline, model=model)
+        rank, alpha, targets = lora_files.settings(weights)
+        settings = replace(settings, lora=LoRA(rank=rank, alpha=alpha, targets=targets))
+    else:
+        settings = replace(settings, lora=None)
+    settings = replace(settings, num_steps=num_steps or settings.num_steps)
+    built = settings.build(device=Accelerator().device)
+    if lora is not None:
+        built.load_lora(weights)
+    return built
+
+
+def evaluate(
+    model: str,
+    *,
+    suite_name: str = "shapes",
+    lora: Path | None = None,
+    against: str | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    num_prompts: int | None = 300,
+    images_per_prompt: int = 4,
+    num_steps: int | None = None,
+) -> dict[str, Any]:
+    """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``."""
+    chosen = suite(suite_name, num_prompts=num_prompts, images_per_prompt=images_per_prompt)
+    if lora is not None and against is None:
+        against = model
+    evaluated = pipeline_of(model, lora, num_steps=num_steps)
+    tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
+    result: dict[str, Any] = tuned.summary()
+    base = None
+    if against is not None:
+        other = pipeline_of(against, None, num_steps=evaluated.num_steps)
+        base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
+        differences = {measure: found.as_dict() for measure, found in compare(base, tuned).items()}
+        result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
+    for measure in ("strict", "graded"):
+        print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps, seed {seed}")
+        print(table(base or tuned, tuned if base else None, measure=measure))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        tuned.write(output / "records.jsonl")
+        if base is not None:
+            base.write(output / "records_base.jsonl")
+        (output / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\nwritten: {output}")
+    return result
+
+
+def sample(
+    model: str, prompts: Sequence[str], *, lora: Path | None = None, output: Path = Path("samples.png"), seed: int = 0, num_images: int = 4, num_steps: int | None = None
+) -> Path:
+    """Write a labelled grid, a row for each prompt; the command ``flowalign sample``."""
+    if not prompts:
+        raise ConfigError("sample: give at least one prompt")
+    pipeline = pipeline_of(model, lora, num_steps=num_steps)
+    texts = [text for text in prompts for _ in range(num_images)]
+    seeds = [(seed + row, k) for row in range(len(prompts)) for k in range(num_images)]
+    made = generator_of(pipeline, pipeline.num_steps)(texts, seeds)
+    scale = max(1, 256 // made.shape[-1])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images.save_png(images.grid(made, num_images, captions=texts, scale=scale), output)
+    print(f"written: {output}")
+    return output
+
+
+def command_line() -> str:
+    """Return the command that is running, for reports."""
+    return shlex.join(["flowalign", *sys.argv[1:]])
+
+
+def seconds_since(began: float) -> float:
+    """Return the seconds since a ``time.monotonic()``."""
+    return time.monotonic() - began
