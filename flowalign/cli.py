@@ -31,16 +31,26 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    demo = add("demo", "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU", "flowalign demo --output runs/demo")
+    demo = add(
+        "demo",
+        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
+        "flowalign demo --output runs/demo",
+    )
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
     demo.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores, at most 8")
 
-    train = add("train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4")
+    train = add(
+        "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
+    )
     train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
-    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4")
+    train.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
+    )
 
-    evaluate = add("evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo")
+    evaluate = add(
+        "evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo"
+    )
     evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
     evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
     evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")

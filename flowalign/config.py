@@ -146,7 +146,9 @@ def _decode_plain(kind: Any, data: Any, where: str) -> Any:
         if data in arguments and any(type(data) is type(choice) for choice in arguments):
             return data
         near = difflib.get_close_matches(str(data), [str(choice) for choice in arguments], n=1)
-        raise ConfigError(f"{where}: got {data!r}, needed one of {', '.join(map(str, arguments))}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ConfigError(
+            f"{where}: got {data!r}, needed one of {', '.join(map(str, arguments))}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     if origin in (tuple, list):
         if not isinstance(data, list | tuple):
             raise ConfigError(f"{where}: needs a list, got {data!r}")

@@ -33,9 +33,7 @@ def to_pil(image: Tensor) -> Image.Image:
         raise ValueError("image: holds values that are not finite; the sampler or the decoder has diverged")
     low, high = float(pixels.min()), float(pixels.max())
     if low < -_TOLERANCE or high > 1 + _TOLERANCE:
-        raise ValueError(
-            f"image: values from {low:.3g} to {high:.3g}, needed [0, 1] (divide bytes by 255; map [-1, 1] with (x + 1) / 2)"
-        )
+        raise ValueError(f"image: values from {low:.3g} to {high:.3g}, needed [0, 1] (divide bytes by 255; map [-1, 1] with (x + 1) / 2)")
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array)
 

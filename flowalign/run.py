@@ -70,7 +70,9 @@ class RewardConfig:
     def __post_init__(self) -> None:
         """Refuse negative weights."""
         if self.weight < 0:
-            raise ValueError(f"weight: must not be negative, got {self.weight} (to penalise, negate the reward and keep the weight positive)")
+            raise ValueError(
+                f"weight: must not be negative, got {self.weight} (to penalise, negate the reward and keep the weight positive)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,9 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     """Build every part of a run."""
     prompts = config.prompts.load(config.seed)
     if len(prompts) < config.train.groups:
-        raise ConfigError(f"train.groups: a step takes {config.train.groups} prompts, but there are {len(prompts)}; lower it or add prompts")
+        raise ConfigError(
+            f"train.groups: a step takes {config.train.groups} prompts, but there are {len(prompts)}; lower it or add prompts"
+        )
     rewards = [
         NamedReward(name=name, weight=entry.weight, reward=entry.reward.build(), may_skip=entry.may_skip)
         for name, entry in zip(_reward_names(config), config.rewards, strict=True)
@@ -247,9 +251,7 @@ def score_model(pipeline: FlowPipeline, chosen: Any, *, num_steps: int, seed: in
             bar.total = total
             bar.update(done - bar.n)
 
-        return run_suite(
-            chosen, generator_of(pipeline, num_steps), batch_size=batch_size, seed=seed, keep_images=True, progress=progress
-        )
+        return run_suite(chosen, generator_of(pipeline, num_steps), batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
 
 
 def pipeline_of(model: str, lora: Path | None, *, num_steps: int | None = None) -> FlowPipeline:
@@ -321,7 +323,14 @@ def evaluate(
 
 
 def sample(
-    model: str, prompts: Sequence[str], *, lora: Path | None = None, output: Path = Path("samples.png"), seed: int = 0, num_images: int = 4, num_steps: int | None = None
+    model: str,
+    prompts: Sequence[str],
+    *,
+    lora: Path | None = None,
+    output: Path = Path("samples.png"),
+    seed: int = 0,
+    num_images: int = 4,
+    num_steps: int | None = None,
 ) -> Path:
     """Write a labelled grid, a row for each prompt; the command ``flowalign sample``."""
     if not prompts:

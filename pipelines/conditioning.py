@@ -209,10 +209,7 @@ def _concatenated(parts: Sequence[Leaf]) -> Leaf:
 
 
 def _moved(leaves: tuple[Leaf, ...], device: torch.device | str) -> tuple[Leaf, ...]:
-    return tuple(
-        leaf.to(device) if isinstance(leaf, Tensor) else [tuple(t.to(device) for t in row) for row in leaf]
-        for leaf in leaves
-    )
+    return tuple(leaf.to(device) if isinstance(leaf, Tensor) else [tuple(t.to(device) for t in row) for row in leaf] for leaf in leaves)
 
 
 def _rows(leaf: Leaf, index: Tensor) -> Leaf:

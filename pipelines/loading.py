@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
+
 def shapes_folder() -> Path:
     """Return the folder of the pipeline that ships with flowalign, seen from the package or from the repository's top level."""
     here = Path(__file__)

@@ -52,7 +52,9 @@ def _probe_velocity(pipeline: FlowPipeline, role: str | None) -> Tensor:
 def _compare(written: Tensor, trained: Tensor, folder: Path) -> None:
     difference = float((written - trained).norm() / trained.norm())
     if not difference <= _TOLERANCE:
-        raise RuntimeError(f"{folder}: the file that was written does not behave like the trained weights (relative difference {difference:.2g})")
+        raise RuntimeError(
+            f"{folder}: the file that was written does not behave like the trained weights (relative difference {difference:.2g})"
+        )
 
 
 def _save_lora(pipeline: FlowPipeline, folder: Path, role: str) -> None:
@@ -105,7 +107,9 @@ def load(pipeline: FlowPipeline, folder: Path) -> None:
     """
     path = folder if folder.is_file() else folder / LORA_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no LoRA there ({LORA_FILE} is missing); give the folder that `train` named, for example RUN/weights")
+        raise FileNotFoundError(
+            f"{folder}: no LoRA there ({LORA_FILE} is missing); give the folder that `train` named, for example RUN/weights"
+        )
     try:
         stored = load_file(path)
     except SafetensorError as error:
@@ -132,7 +136,9 @@ def settings(folder: Path) -> tuple[int, float, tuple[str, ...]]:
 
     path = folder if folder.is_file() else folder / LORA_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no LoRA there ({LORA_FILE} is missing); give the folder that `train` named, for example RUN/weights")
+        raise FileNotFoundError(
+            f"{folder}: no LoRA there ({LORA_FILE} is missing); give the folder that `train` named, for example RUN/weights"
+        )
     with safe_open(path, framework="pt") as file:
         metadata = (file.metadata() or {}).get("lora_adapter_metadata")
     if metadata is None:

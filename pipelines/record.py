@@ -193,9 +193,7 @@ class Probe:
 
     def step(self, index: int, model_output: Tensor, sample: Tensor) -> Tensor:
         """Take an Euler step, as the untouched scheduler would."""
-        step = RecordedStep(
-            sigma=float(self.sigmas[index]), sample=sample.clone(), model_output=model_output.clone(), calls=self.calls
-        )
+        step = RecordedStep(sigma=float(self.sigmas[index]), sample=sample.clone(), model_output=model_output.clone(), calls=self.calls)
         self.steps.append(step)
         self.calls = []
         if len(self.steps) == self.num_steps:
@@ -204,9 +202,7 @@ class Probe:
         return moved.to(model_output.dtype)
 
 
-def run_probe(
-    pipe: DiffusionPipeline, name: str, network: nn.Module, probe: Probe, arguments: Mapping[str, Any]
-) -> Probe:
+def run_probe(pipe: DiffusionPipeline, name: str, network: nn.Module, probe: Probe, arguments: Mapping[str, Any]) -> Probe:
     """Call the pipeline under a probe until the probe has seen enough."""
     with installed(pipe, name, network, probe), torch.no_grad():
         try:

@@ -62,7 +62,9 @@ def learn_replay(steps: Sequence[RecordedStep], guidance_scale: float) -> Replay
     """
     for step in steps:
         if len(step.calls) != 1:
-            raise ValueError(f"the pipeline calls its denoiser {len(step.calls)} times in a step at sigma {step.sigma:.4f}; one call is supported")
+            raise ValueError(
+                f"the pipeline calls its denoiser {len(step.calls)} times in a step at sigma {step.sigma:.4f}; one call is supported"
+            )
     names = [_latent_name(step) for step in steps]
     latents, copies = names[0]
     if any(name != names[0] for name in names):

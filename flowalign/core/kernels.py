@@ -84,8 +84,7 @@ def reduce_event(values: Float[Tensor, "batch *event"], reduction: Reduction) ->
     if reduction == "mean":
         return flat.mean(1, dtype=wide).to(values.dtype)
     raise ValueError(
-        f"reduction: got {reduction!r}; need 'sum' (a true log-likelihood or KL) or 'mean' (the unit of published clip "
-        f"ranges such as 1e-4)"
+        f"reduction: got {reduction!r}; need 'sum' (a true log-likelihood or KL) or 'mean' (the unit of published clip ranges such as 1e-4)"
     )
 
 
@@ -374,8 +373,7 @@ def _check_std(std: Level, where: str) -> None:
 def _check_same_shape(first: Tensor, second: Tensor, where: str) -> None:
     if first.shape != second.shape:
         raise ValueError(
-            f"{where}: got shapes {list(first.shape)} and {list(second.shape)}; need equal shapes (repeat the rows of "
-            f"a shared mean)"
+            f"{where}: got shapes {list(first.shape)} and {list(second.shape)}; need equal shapes (repeat the rows of a shared mean)"
         )
 
 

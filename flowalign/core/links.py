@@ -18,9 +18,7 @@ def on_policy_ratio(score: Float[Tensor, " rows"], advantage: Float[Tensor, " ro
     return -advantage * (score - score.detach()).exp()
 
 
-def ppo_clip(
-    log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float
-) -> Float[Tensor, " rows"]:
+def ppo_clip(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float) -> Float[Tensor, " rows"]:
     """Return PPO's pessimistic surrogate ``max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_ratio)``.
 
     Args:
@@ -44,9 +42,7 @@ def ppo_clip(
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
-def clipped_mask(
-    log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float
-) -> Bool[Tensor, " rows"]:
+def clipped_mask(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float) -> Bool[Tensor, " rows"]:
     """Tell which rows `ppo_clip` leaves without gradient: the ratio has left the band in the direction of the advantage."""
     ratio = log_ratio.exp()
     return ((ratio > 1 + clip) & (advantage > 0)) | ((ratio < 1 - clip) & (advantage < 0))

@@ -62,9 +62,7 @@ def expand_like(sigma: Level, x: Float[Tensor, "batch *event"]) -> Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def expand_level(
-    sigma: Level, x: Float[Tensor, "batch *event"], *, name: str = "sigma", positive: bool = False
-) -> Tensor:
+def expand_level(sigma: Level, x: Float[Tensor, "batch *event"], *, name: str = "sigma", positive: bool = False) -> Tensor:
     """Do what `expand_like` does for a noise level, after checking its range.
 
     Args:
@@ -93,9 +91,7 @@ def expand_level(
     return level
 
 
-def interpolate(
-    x0: Float[Tensor, "batch *event"], noise: Float[Tensor, "batch *event"], sigma: Level
-) -> Float[Tensor, "batch *event"]:
+def interpolate(x0: Float[Tensor, "batch *event"], noise: Float[Tensor, "batch *event"], sigma: Level) -> Float[Tensor, "batch *event"]:
     """Mix data and noise on the straight path between them.
 
     Args:
@@ -157,9 +153,7 @@ def velocity_to_score(
     return -velocity_to_noise(velocity, x, sigma) / expand_level(sigma, x, positive=True)
 
 
-def x0_to_velocity(
-    x0: Float[Tensor, "batch *event"], x: Float[Tensor, "batch *event"], sigma: Level
-) -> Float[Tensor, "batch *event"]:
+def x0_to_velocity(x0: Float[Tensor, "batch *event"], x: Float[Tensor, "batch *event"], sigma: Level) -> Float[Tensor, "batch *event"]:
     """Invert `velocity_to_x0`: ``(x - x0) / sigma``.
 
     Raises:
@@ -224,16 +218,12 @@ def vp_sigma(alpha: Level, beta: Level) -> Tensor:
     return noise / (data + noise)
 
 
-def vp_to_flow(
-    x_t: Float[Tensor, "batch *event"], alpha: Level, beta: Level
-) -> Float[Tensor, "batch *event"]:
+def vp_to_flow(x_t: Float[Tensor, "batch *event"], alpha: Level, beta: Level) -> Float[Tensor, "batch *event"]:
     """Bring a variance-preserving state to the straight path: ``x_t / (alpha + beta)``, at `vp_sigma`."""
     return at_least_float32(x_t) / (expand_like(alpha, x_t) + expand_like(beta, x_t))
 
 
-def flow_to_vp(
-    x: Float[Tensor, "batch *event"], alpha: Level, beta: Level
-) -> Float[Tensor, "batch *event"]:
+def flow_to_vp(x: Float[Tensor, "batch *event"], alpha: Level, beta: Level) -> Float[Tensor, "batch *event"]:
     """Invert `vp_to_flow`: ``(alpha + beta) * x``."""
     return at_least_float32(x) * (expand_like(alpha, x) + expand_like(beta, x))
 

@@ -7,9 +7,7 @@ from flowalign.core.kernels import Reduction, gaussian_kl, reduce_event
 from flowalign.core.paths import Level, at_least_float32
 
 
-def velocity_mse(
-    velocity: Float[Tensor, "batch *event"], other: Float[Tensor, "batch *event"]
-) -> Float[Tensor, " batch"]:
+def velocity_mse(velocity: Float[Tensor, "batch *event"], other: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """Return the mean squared difference of two velocities, one number per row."""
     return reduce_event((at_least_float32(velocity) - at_least_float32(other)).square(), "mean")
 

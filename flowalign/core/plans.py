@@ -82,9 +82,7 @@ def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False) -> Plan:
         (0, 1, 2)
     """
     noisy = not kernel.is_deterministic
-    return Plan(
-        tuple(PlanStep(kernel=kernel, is_trained=noisy and (train_last or i < num_steps - 1)) for i in range(num_steps))
-    )
+    return Plan(tuple(PlanStep(kernel=kernel, is_trained=noisy and (train_last or i < num_steps - 1)) for i in range(num_steps)))
 
 
 def ode(num_steps: int) -> Plan:

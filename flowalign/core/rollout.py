@@ -55,9 +55,7 @@ class Transitions:
         """Return a table without rows for latents like ``x``."""
         none, rows = x[:0].float(), x.new_zeros(0, dtype=torch.float32)
         index = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return Transitions(
-            x=none, x_next=none, velocity=none, mean=none, std=rows, sigma=rows, sigma_next=rows, step=index, sample=index
-        )
+        return Transitions(x=none, x_next=none, velocity=none, mean=none, std=rows, sigma=rows, sigma_next=rows, step=index, sample=index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,9 +92,7 @@ def flux_mu(num_tokens: int) -> float:
     return 0.5 + (num_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 
-def flux_sigmas(
-    num_steps: int, *, mu: float, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, " levels"]:
+def flux_sigmas(num_steps: int, *, mu: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, " levels"]:
     """Return the grid that diffusers gives FLUX: even from 1 to ``1 / num_steps``, then shifted by ``exp(mu)``.
 
     Args:

@@ -1,12 +1,12 @@
 """The common estimator core: from a table of rewards to advantages, for reinforcement learning and distillation alike.
 
-    >>> import torch
-    >>> from flowalign.estimators import RewardBatch, estimate
-    >>> batch = RewardBatch(
-    ...     rewards=torch.tensor([[1.0], [0.0], [0.0], [0.0]]), group_id=torch.zeros(4, dtype=torch.int64), sample_uid=torch.arange(4)
-    ... )
-    >>> estimate("rloo", batch).advantage.flatten()
-    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+>>> import torch
+>>> from flowalign.estimators import RewardBatch, estimate
+>>> batch = RewardBatch(
+...     rewards=torch.tensor([[1.0], [0.0], [0.0], [0.0]]), group_id=torch.zeros(4, dtype=torch.int64), sample_uid=torch.arange(4)
+... )
+>>> estimate("rloo", batch).advantage.flatten()
+tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
 """
 
 import dataclasses

@@ -86,7 +86,9 @@ class RewardBatch:
     def __post_init__(self) -> None:
         """Convert to float64 and int64 on the CPU and check shapes, ids and values."""
         if self.rewards.ndim != 2:
-            raise ValueError(f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]")
+            raise ValueError(
+                f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]"
+            )
         num = len(self.rewards)
         for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
             self._convert(name, torch.float64, num)

@@ -59,9 +59,7 @@ def leave_one_out(over: str = "group") -> Stage:
     return _baseline(f"leave_one_out(over={over})", over, lambda x, mean, count: (x - mean) * count / (count - 1).clamp(min=1))
 
 
-def scale_by_std(
-    over: str = "group", *, of: Literal["raw", "residual"] = "raw", ddof: int, eps: float, rule: Rule = "add"
-) -> Stage:
+def scale_by_std(over: str = "group", *, of: Literal["raw", "residual"] = "raw", ddof: int, eps: float, rule: Rule = "add") -> Stage:
     """Divide by a standard deviation.
 
     Args:
@@ -104,14 +102,15 @@ def broadcast_steps() -> Stage:
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         steps = batch.num_steps
-        spread = {name: value.repeat_interleave(steps, 0) for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight))}
+        spread = {
+            name: value.repeat_interleave(steps, 0)
+            for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight))
+        }
         step = torch.arange(steps).repeat(len(signal.sample))
         return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
 
     return pure("broadcast_steps", Signature(rows="sample -> step", rewards="one"), apply)
 
 
-STAGES = {
-    stage.__name__: stage for stage in (combine_rewards, center, leave_one_out, scale_by_std, clip, broadcast_steps)
-}
+STAGES = {stage.__name__: stage for stage in (combine_rewards, center, leave_one_out, scale_by_std, clip, broadcast_steps)}
 """Names for chains that are written down in a configuration."""

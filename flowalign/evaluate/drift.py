@@ -81,9 +81,7 @@ class Drift:
 COLUMNS = ("Measure", "Base", "Tuned", "Real images", "How to read it")
 
 
-def measure_drift(
-    base: Tensor, tuned: Tensor, reference: Tensor, control: Tensor, prompt_id: Sequence[int], *, seed: int = 0
-) -> Drift:
+def measure_drift(base: Tensor, tuned: Tensor, reference: Tensor, control: Tensor, prompt_id: Sequence[int], *, seed: int = 0) -> Drift:
     """Measure fidelity and diversity of two models against real images of the same prompts.
 
     Args:
@@ -101,9 +99,7 @@ def measure_drift(
     if set(sizes) != {len(prompt_id)}:
         raise ValueError(f"needed as many base, tuned, reference and control images as prompt ids, got {sizes}, {len(prompt_id)}")
     network = RandomFeatures(seed=seed)
-    of_base, of_tuned, of_reference, of_control = (
-        features_of(images, network=network) for images in (base, tuned, reference, control)
-    )
+    of_base, of_tuned, of_reference, of_control = (features_of(images, network=network) for images in (base, tuned, reference, control))
     # Untrained features of any two images point nearly the same way; what they share says nothing about diversity.
     common = of_reference.mean(0)
 
@@ -116,9 +112,7 @@ def measure_drift(
         distance_control=kernel_distance(of_control, of_reference, prompt_id),
         feature_diversity=relative(within_prompt_distance(of_base, prompt_id), within_prompt_distance(of_tuned, prompt_id)),
         pixel_diversity=relative(within_prompt_distance(base, prompt_id), within_prompt_distance(tuned, prompt_id)),
-        vendi=relative(
-            within_prompt_vendi(of_base - common, prompt_id), within_prompt_vendi(of_tuned - common, prompt_id)
-        ),
+        vendi=relative(within_prompt_vendi(of_base - common, prompt_id), within_prompt_vendi(of_tuned - common, prompt_id)),
         pixels_base=pixel_statistics(base),
         pixels_tuned=pixel_statistics(tuned),
         pixels_reference=pixel_statistics(reference),

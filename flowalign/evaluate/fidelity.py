@@ -69,9 +69,7 @@ def features_of(images: Tensor, *, network: nn.Module, batch_size: int = 256) ->
     return torch.cat([network(chunk).to("cpu", torch.float64) for chunk in images.split(batch_size)])
 
 
-def kernel_distance(
-    features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, confidence: float = 0.95
-) -> Interval:
+def kernel_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, confidence: float = 0.95) -> Interval:
     """Return the kernel distance (KID's polynomial MMD squared) between images and reference images of the same prompts.
 
     The prompt is the unit: with h(p, q) = k(x_p, x_q) + k(y_p, y_q) - k(x_p, y_q) - k(x_q, y_p), each k averaged over the images of two
@@ -139,9 +137,7 @@ def within_prompt_distance(points: Tensor, prompt_id: Sequence[int]) -> Tensor:
     return torch.stack([torch.pdist(rows).mean() / scale for rows in _by_prompt(flat, prompt_id, "a distance")])
 
 
-def relative_diversity(
-    base: Tensor, tuned: Tensor, *, draws: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> Interval:
+def relative_diversity(base: Tensor, tuned: Tensor, *, draws: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Interval:
     """Return the diversity of a tuned model relative to its base's: 1 means unchanged, 0 collapsed.
 
     The ratio of the means over prompts, with the percentile interval of a bootstrap that resamples prompts for both models together.
@@ -196,9 +192,7 @@ def vendi(points: Tensor) -> float:
 
 def within_prompt_vendi(features: Tensor, prompt_id: Sequence[int]) -> Tensor:
     """Return the Vendi score of each prompt's images, ``[prompt]`` float64; see :func:`vendi` and :func:`within_prompt_distance`."""
-    return torch.tensor(
-        [vendi(rows) for rows in _by_prompt(features, prompt_id, "a Vendi score")], dtype=torch.float64
-    )
+    return torch.tensor([vendi(rows) for rows in _by_prompt(features, prompt_id, "a Vendi score")], dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,9 +138,7 @@ def write_report(path: str | Path, report: Report) -> Path:
 
 def render(report: Report) -> str:
     """Return a report as HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
     source = resources.files("flowalign.evaluate").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     drawings: list[Drawing] = [draw(chart) for chart in report.charts]
@@ -173,9 +171,7 @@ def score_rows(base: Evaluation, tuned: Evaluation, *, measure: Measure = "stric
     overall = note(sum(first.num_prompts.values()), sum(meanings.values()))
     return [
         *rows,
-        ScoreRow(
-            name="overall", note=overall, base=first.overall, tuned=second.overall, difference=difference.overall
-        ),
+        ScoreRow(name="overall", note=overall, base=first.overall, tuned=second.overall, difference=difference.overall),
     ]
 
 

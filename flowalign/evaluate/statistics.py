@@ -191,10 +191,7 @@ def _cluster(values: ArrayLike, prompt_id: ArrayLike, tag: Sequence[str]) -> lis
     if len(start) != len(np.unique(prompt)):
         raise ValueError("tag: a prompt id has two tags; the prompt decides the tag")
     sums, counts = np.add.reduceat(score, start), np.diff(np.r_[start, len(score)]).astype(np.float64)
-    return [
-        _Tag(name=str(name), sums=sums[names[start] == name], counts=counts[names[start] == name])
-        for name in np.unique(names)
-    ]
+    return [_Tag(name=str(name), sums=sums[names[start] == name], counts=counts[names[start] == name]) for name in np.unique(names)]
 
 
 def _bootstrap(tags: Sequence[_Tag], *, draws: int, seed: int, confidence: float) -> Scores:

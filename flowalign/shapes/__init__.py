@@ -1,9 +1,9 @@
 """The embedded world: coloured shapes on 32 x 32 pixels, prompts of GenEval's six kinds, and a verifier without learned weights.
 
-    >>> import flowalign.shapes as shapes
-    >>> records = shapes.prompts("heldout", seed=0, num=6)
-    >>> bool(shapes.verify(shapes.render(records, seed=0), records).strict.all())
-    True
+>>> import flowalign.shapes as shapes
+>>> records = shapes.prompts("heldout", seed=0, num=6)
+>>> bool(shapes.verify(shapes.render(records, seed=0), records).strict.all())
+True
 """
 
 from pathlib import Path

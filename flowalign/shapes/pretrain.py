@@ -100,9 +100,7 @@ def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, ch
         vae.register_to_config(scaling_factor=scale)
         return
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.autoencoder_learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.autoencoder_learning_rate, config.autoencoder_steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.autoencoder_learning_rate, config.autoencoder_steps, pct_start=0.1)
     bar = tqdm(range(config.autoencoder_steps), desc="autoencoder", mininterval=10)
     for step in bar:
         generator = _generator(config.seed, 1, step)
@@ -147,9 +145,7 @@ def _loss(pipe: StableDiffusion3Pipeline, latents: Tensor, texts: list[str], con
     dropped = torch.rand(num, generator=generator) < config.prompt_dropout
     length = TEXT_LENGTHS[int(torch.multinomial(torch.tensor(TEXT_LENGTH_SHARE), 1, generator=generator))]
     texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-    )
+    embeds, _, pooled, _ = pipe.encode_prompt(texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
     level = sigma[:, None, None, None]
     x = (1 - level) * latents + level * noise
     velocity = pipe.transformer(
@@ -158,7 +154,9 @@ def _loss(pipe: StableDiffusion3Pipeline, latents: Tensor, texts: list[str], con
     return (velocity - (noise - latents)).square().mean()
 
 
-def sample_score(pipe: StableDiffusion3Pipeline, records: list[Metadata], *, num_steps: int, guidance_scale: float = 1.0) -> dict[str, float]:
+def sample_score(
+    pipe: StableDiffusion3Pipeline, records: list[Metadata], *, num_steps: int, guidance_scale: float = 1.0
+) -> dict[str, float]:
     """Sample one image for each prompt and return the strict score of each tag and their mean."""
     strict = []
     for start in range(0, len(records), 64):

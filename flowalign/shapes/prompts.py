@@ -105,12 +105,8 @@ def _all_prompts() -> tuple[Metadata, ...]:
     prompts += [_counting(shape, count) for shape in SHAPES for count in _NUMBERS]
     prompts += [_colored(color, shape) for color in COLORS for shape in SHAPES]
     prompts += [_position(a, relation, b) for a, b in permutations(SHAPES, 2) for relation in RELATIONS]
-    prompts += [
-        _color_attr(c, a, d, b) for a, b in combinations(SHAPES, 2) for c, d in permutations(COLORS, 2)
-    ]
-    prompts += [
-        _color_attr(d, b, c, a) for a, b in combinations(SHAPES, 2) for c, d in permutations(COLORS, 2)
-    ]
+    prompts += [_color_attr(c, a, d, b) for a, b in combinations(SHAPES, 2) for c, d in permutations(COLORS, 2)]
+    prompts += [_color_attr(d, b, c, a) for a, b in combinations(SHAPES, 2) for c, d in permutations(COLORS, 2)]
     return tuple(prompts)
 
 

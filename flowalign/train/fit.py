@@ -45,7 +45,9 @@ class Pipeline(Protocol):
     @property
     def event_shape(self) -> tuple[int, ...]: ...
     def encode(self, prompts: Sequence[str]) -> Any: ...
-    def rollout(self, cond: Any, plan: Plan, *, x_init: Tensor, noise: Callable[[int], Tensor], batch_size: int | None = None) -> Trajectory: ...
+    def rollout(
+        self, cond: Any, plan: Plan, *, x_init: Tensor, noise: Callable[[int], Tensor], batch_size: int | None = None
+    ) -> Trajectory: ...
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
 
@@ -157,9 +159,7 @@ class Trainer:
             self.pipeline.roles.add(AVERAGE)
         self.parameters = self.pipeline.roles.trainable_parameters()
         config = self.config
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self.state = self.estimator.init()
         self.clock = Clock()
         self._last_finite = "none yet"
@@ -194,9 +194,7 @@ class Trainer:
             advantages, self.state = self.estimator.update(everyone, self.state)
             # Rank r holds rows r, r + world, ...; the gathered rows are sorted by id, which is the flat index.
             advantage, weight = advantages.advantage[flat], advantages.weight[flat]
-        experience = Experience(
-            trajectory=trajectory, advantage=advantage, weight=weight, prompt=uid, group=group, sample=sample
-        )
+        experience = Experience(trajectory=trajectory, advantage=advantage, weight=weight, prompt=uid, group=group, sample=sample)
 
         def velocity(x: Tensor, sigma: Tensor, rows: Tensor, role: str) -> Tensor:
             return self.pipeline.velocity(x, sigma, cond.take(rows), role)
@@ -339,9 +337,7 @@ class Trainer:
                     due = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == steps or stop.is_set()
                     with self.clock.phase("checkpoint"):
                         if main and due:
-                            checkpoint.save(
-                                self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints
-                            )
+                            checkpoint.save(self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints)
                     line["time_s"] = self.clock.take()
                     if journal is not None:
                         journal.write(line)

@@ -31,6 +31,4 @@ class Config:
 
     def build(self) -> Estimator:
         """Compose the stages."""
-        return chain(
-            combine_rewards(self.reward_weights), center(), scale_by_std(ddof=self.ddof, eps=self.eps), broadcast_steps()
-        )
+        return chain(combine_rewards(self.reward_weights), center(), scale_by_std(ddof=self.ddof, eps=self.eps), broadcast_steps())
