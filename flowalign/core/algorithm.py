@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class Loss:
     metrics: Mapping[str, Tensor]
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """One file in ``flowalign/algorithms``: a composition of parts of the core."""
 

@@ -11,7 +11,7 @@ the noise it adds. At noise 0 the correction is exactly 0, so "SDE or ODE" is ne
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ class Step:
     std: Tensor
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What every kernel promises."""
 
