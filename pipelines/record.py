@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor, nn
 
 # Offloading rewrites these during a call; putting old values back would leave hooks behind that nobody removes.
@@ -112,7 +113,7 @@ def driven_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, driver: Driver)
             index = self._step_index
             self._step_index = index + 1
             result = driver.step(driver.start + index, model_output, sample)
-            return {"prev_sample": result} if return_dict else (result,)
+            return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
 
     Driven.__name__ = Driven.__qualname__ = f"Driven{parent.__name__}"
     driven = Driven.from_config(scheduler.config)
@@ -210,6 +211,3 @@ def run_probe(pipe: DiffusionPipeline, name: str, network: nn.Module, probe: Pro
         except Left:
             pass
     return probe
-
-
-NoiseSource = Callable[[int], Tensor]

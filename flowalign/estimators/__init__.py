@@ -11,6 +11,7 @@ tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **d
         if name not in STAGES:
             raise ValueError(f"advantage[{position}]: {unknown('stage', name, STAGES)}")
         make = STAGES[name]
-        known = make.__code__.co_varnames[: make.__code__.co_argcount + make.__code__.co_kwonlyargcount]
+        known = list(inspect.signature(make).parameters)
         stages.append(_call(f"advantage[{position}] ({name})", make, given, known))
     return chain(*stages)
 

@@ -1,0 +1,138 @@
+"""The driver of a rollout: apply a plan's kernels inside a pipeline's own call, keep what is trained, refuse surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.core.kernels import sample
+from flowalign.core.plans import Plan
+from flowalign.core.rollout import Transitions, transition_rows
+from flowalign.pipelines.replay import Replay, differences
+
+NoiseSource = Callable[[int], Tensor]
+
+
+class Recorder:
+    """Drives one call of a pipeline by a plan; the state is float32 inside, the pipeline sees a cast copy.
+
+    What must hold (nothing edits the latents, the denoiser is told the same in every step, and just what a replay will tell it) is compared on
+    the device and read once, in ``check``: no step waits for the device.
+
+    Attributes:
+        start: First step of the plan that is taken.
+        x: The state, ``[batch, *event]``.
+        tables: Rows of the trained steps.
+        levels: Noise level of each step that was taken.
+        timesteps: What the denoiser was told at each of them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        noise: NoiseSource,
+        *,
+        start: int,
+        dtype: torch.dtype,
+        replay: Replay,
+        expected: Sequence[dict[str, Any]],
+    ) -> None:
+        self.start, self.x = start, x
+        self.tables: list[Transitions] = []
+        self.levels: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self._plan, self._noise, self._replay, self._expected = plan, noise, replay, expected
+        self._sigmas = torch.empty(0)
+        self._calls = 0
+        self._flags: list[tuple[str, Tensor | bool]] = []
+        self._show(x, dtype)
+
+    def begin(self, sigmas: Tensor) -> None:
+        """Check the plan against the schedule."""
+        # On the CPU, so that kernels can look at noise levels without waiting for a device.
+        self._sigmas = sigmas.float().cpu()
+        self._plan.check(len(sigmas) - 1 + self.start)
+
+    def call(self, arguments: dict[str, Any]) -> None:
+        """Compare one denoiser call with what the replay would tell it."""
+        step, number = self.start + len(self.levels), self._calls
+        self._calls += 1
+        if number >= len(self._replay.calls):
+            raise ValueError(
+                f"the pipeline calls its denoiser more than {len(self._replay.calls)} times in step {step}, but not in its first steps; such "
+                "guidance cannot be replayed"
+            )
+        rule = self._replay.calls[number]
+        told = {name: value for name, value in arguments.items() if name not in (rule.latents, rule.timestep)}
+        where = f"the denoiser's arguments in step {step} are not the conditioning that a replay uses"
+        if told.keys() != self._expected[number].keys():
+            raise ValueError(f"{where}: got {sorted(told)}, expected {sorted(self._expected[number])}")
+        for name, value in told.items():
+            self._flags += [(f"{where}: {place} differs", flag) for place, flag in differences(name, self._expected[number][name], value)]
+        if not self.levels:
+            # From here on the very same objects are expected: comparing those costs nothing.
+            self._expected = [told if i == number else other for i, other in enumerate(self._expected)]
+        given = arguments[rule.latents]
+        shown = self._shown if rule.copies == 1 else torch.cat([self._shown] * rule.copies)
+        self._flags += [
+            (f"the pipeline changes its latents before it shows them to the denoiser in step {step}", flag)
+            for _, flag in differences("latents", shown, given)
+        ]
+        if number == 0:
+            self.timesteps.append(arguments[rule.timestep].flatten()[0])
+
+    def answer(self, output: Any) -> None:
+        """Let the pipeline combine it."""
+
+    def step(self, index: int, model_output: Tensor, sample_seen: Tensor) -> Tensor:
+        """Apply the plan's kernel and keep the transition if it is trained."""
+        if self._calls != len(self._replay.calls):
+            raise ValueError(f"the pipeline calls its denoiser {self._calls} times in step {index}, {len(self._replay.calls)} in its first ones")
+        self._calls = 0
+        self._compare(index, sample_seen)
+        now, then = self._sigmas[index - self.start], self._sigmas[index - self.start + 1]
+        step = self._plan.steps[index]
+        velocity = model_output.float()
+        law = step.kernel(self.x, velocity, now, then)
+        x_next = law.mean if step.kernel.is_deterministic else sample(law, self._noise(index))
+        if step.is_trained:
+            self.tables.append(transition_rows(index, self.x, x_next, velocity, law.mean, law.std, now, then))
+        self.levels.append(now)
+        self.x = x_next
+        return self._show(x_next, model_output.dtype)
+
+    def check(self, latents: Tensor) -> None:
+        """Read all comparisons.
+
+        Args:
+            latents: What the pipeline returned.
+
+        Raises:
+            ValueError: With the first thing that did not hold.
+        """
+        self._compare(self._plan.num_steps, latents)
+        if not self._flags:
+            return
+        reasons = [reason for reason, _ in self._flags]
+        found = torch.stack([torch.as_tensor(flag, device=self.x.device) for _, flag in self._flags]).tolist()
+        if any(found):
+            raise ValueError(reasons[found.index(True)])
+
+    def _show(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        self._shown = x.to(dtype)
+        self._version = self._shown._version
+        return self._shown
+
+    def _compare(self, index: int, seen: Tensor) -> None:
+        # An edit in place leaves the object but not its version.
+        reason = (
+            f"the pipeline edited its latents before step {index} (a callback, inpainting or a custom loop); its transitions would not be "
+            "those of the plan"
+        )
+        if self._shown._version != self._version:
+            raise ValueError(reason)
+        self._flags += [(reason, flag) for _, flag in differences("latents", self._shown, seen)]
