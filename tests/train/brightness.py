@@ -1,0 +1,32 @@
+"""A reward for tests that differs between any two images: the mean brightness."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    values: dict
+    clauses: None = None
+    clauses_valid: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    broken: str = ""
+
+    def build(self):
+        return Reward(self)
+
+
+@dataclass(frozen=True)
+class Reward:
+    config: Config
+    calls: list = field(default_factory=list)
+
+    def __call__(self, images, prompts, metadata):
+        values = images.double().mean((1, 2, 3))
+        if self.config.broken == "nan":
+            values[1] = float("nan")
+        if self.config.broken == "length":
+            values = values[1:]
+        return Scores(values={"brightness": values})

@@ -1,0 +1,298 @@
+"""The loop: what must not change a result, what must be refused, and what must survive."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from flowalign import run
+from flowalign.core.algorithm import Update
+from flowalign.train import checkpoint
+from flowalign.train.journal import read_log
+
+FLOW_GRPO = {"type": "flow_grpo", "kl_penalty": 0.01, "num_minibatches": 1}
+
+
+def trainer(path, *overrides):
+    config = run.load_config(str(path), overrides)
+    return run.build_trainer(config, Accelerator())
+
+
+def train(path, *overrides):
+    config = run.load_config(str(path), overrides)
+    run.run_training(config)
+    return load_file(config.output / "weights" / "pytorch_lora_weights.safetensors"), read_log(config.output / "log.jsonl")
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def gradient(built, step=0, index=0):
+    experience, velocity, *_ = built.collect(step)
+    rows = built.algorithm.rows(experience, Update(seed=0, step=step, index=index))
+    sums = built._backward("current", rows, velocity)
+    found = torch.cat([p.grad.flatten() for p in built.parameters])
+    for parameter in built.parameters:
+        parameter.grad = None
+    return found, sums
+
+
+@pytest.mark.parametrize("algorithm", [{"type": "awm", "num_levels": 2, "levels": "uniform"}, FLOW_GRPO], ids=["awm", "flow_grpo"])
+def test_micro_batches_change_nothing_beyond_rounding(write_config, algorithm):
+    path = write_config(algorithm=algorithm)
+    small, whole = (gradient(trainer(path, "--train.micro_batch_size", size))[0] for size in ("4", "64"))
+    assert (small - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert whole.abs().max() > 0
+
+
+def test_before_the_first_update_ratio_is_one_and_kl_is_zero(write_config):
+    built = trainer(write_config(algorithm=FLOW_GRPO))
+    experience, velocity, _, advantages, _ = built.collect(0)
+    rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
+    loss = built.algorithm.loss("current", rows, velocity)
+    assert (loss.metrics["ratio"] - 1).abs().max() < 1e-6
+    assert loss.metrics["kl/reference"].abs().max() < 1e-9
+    assert abs(float(loss.value.mean())) < 1e-5  # minus the mean advantage, which is 0 within groups
+    assert float(advantages.advantage.abs().max()) > 0.1
+
+
+def test_awm_sees_the_same_noise_and_level_under_every_role(write_config):
+    built = trainer(write_config())
+    experience, velocity, *_ = built.collect(0)
+    seen = []
+
+    def watched(x, sigma, sample, role):
+        seen.append((x, sigma))
+        return velocity(x, sigma, sample, role)
+
+    rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
+    loss = built.algorithm.loss("current", rows, watched)
+    assert len(seen) == 3  # reference, slow copy, current
+    assert all(torch.equal(x, seen[0][0]) and torch.equal(sigma, seen[0][1]) for x, sigma in seen)
+    assert loss.metrics["distance/reference"].abs().max() == 0
+
+
+def test_a_penalty_of_zero_costs_no_pass(write_config):
+    algorithm = {"type": "awm", "levels": "uniform", "num_levels": 2, "reference_penalty": 0.0, "slow_penalty": 0.0}
+    built = trainer(write_config(algorithm=algorithm))
+    assert built.algorithm.roles == {}
+    experience, velocity, *_ = built.collect(0)
+    calls = []
+    rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
+    built.algorithm.loss("current", rows, lambda *a: calls.append(a[3]) or velocity(*a))
+    assert calls == ["current"]
+
+
+def test_minibatches_are_disjoint_whole_groups_that_cover_everything(write_config):
+    built = trainer(write_config(train={"groups": 4, "group_size": 2}))
+    experience, *_ = built.collect(0)
+    shares = [built.algorithm.rows(experience, Update(seed=0, step=0, index=i)).sample.unique() for i in range(2)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(8))
+    assert all(len(experience.group[share].unique()) == 2 for share in shares)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(write_config, tmp_path):
+    expected, log = train(write_config("whole"))
+    part = write_config("parts")
+    train(part, "--steps", "1")
+    weights, resumed = train(part, "--steps", "3")
+    assert same(weights, expected)
+    strip = [[{k: line[k] for k in ("step", "reward", "metrics", "grad_norm")} for line in lines] for lines in (log, resumed)]
+    assert strip[0] == strip[1]
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_this_is_said(write_config, capsys):
+    expected, _ = train(write_config("whole"))
+    path = write_config("broken")
+    train(path, "--steps", "2")
+    newest = run.load_config(str(path)).output / "checkpoints" / "step_000002" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    weights, log = train(path, "--steps", "3")
+    assert same(weights, expected)
+    assert [line["step"] for line in log] == [0, 1, 2]
+    assert "truncated or altered" in capsys.readouterr().err
+
+
+def test_without_any_whole_checkpoint_the_run_stops_instead_of_starting_over(write_config):
+    path = write_config()
+    train(path, "--steps", "1")
+    for file in run.load_config(str(path)).output.glob("checkpoints/*/state.json"):
+        file.write_text("{")
+    with pytest.raises(ValueError, match="none of its 1 checkpoints is whole"):
+        train(path, "--steps", "2")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="previous one is untouched"):
+        checkpoint.save(tmp_path, 2, {"a": torch.zeros(3)})
+    step, state = checkpoint.load_newest(tmp_path)
+    assert step == 1
+    assert torch.equal(state["a"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_checkpoints_hold_nested_state_and_refuse_what_would_need_pickle(tmp_path):
+    state = {"a": {0: {"m": torch.ones(2)}, 3: [1.5, None, True]}, "b": "text"}
+    checkpoint.save(tmp_path, 7, state)
+    step, loaded = checkpoint.load_newest(tmp_path)
+    assert step == 7
+    assert torch.equal(loaded["a"][0]["m"], torch.ones(2))
+    assert loaded["a"][3] == [1.5, None, True]
+    with pytest.raises(TypeError, match="without pickling"):
+        checkpoint.save(tmp_path, 8, {"f": print})
+
+
+def launch(path, *overrides):
+    command = [sys.executable, "-m", "flowalign", "train", str(path), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "the run did not get there in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits_and_ctrl_c_saves(write_config):
+    path, whole = write_config("killed", steps=6), write_config("whole", steps=6)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    process = launch(whole)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    folder = run.load_config(str(path)).output
+    process = launch(path)
+    wait_for((folder / "checkpoints" / "step_000002").is_dir, process)
+    process.kill()
+    process.wait()
+    reached = checkpoint.load_newest(folder / "checkpoints")[0]
+    assert reached >= 2
+    process = launch(path)
+    wait_for((folder / "checkpoints" / f"step_{reached + 1:06d}").is_dir, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    if process.returncode != 0:  # it may have finished its six steps before the signal came
+        assert process.returncode == 130, output
+        assert "the state is saved" in output
+        process = launch(path)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    found, expected = (load_file(f / "weights" / "pytorch_lora_weights.safetensors") for f in (folder, folder.with_name("whole")))
+    assert same(found, expected)
+    assert [line["step"] for line in read_log(folder / "log.jsonl")] == list(range(6))
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(write_config):
+    logs, weights = [], []
+    for name, processes in (("one", 1), ("two", 2)):
+        path = write_config(name, steps=2)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] * 0), "-m", "flowalign", "train", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder = run.load_config(str(path)).output
+        logs.append(read_log(folder / "log.jsonl"))
+        weights.append(load_file(folder / "weights" / "pytorch_lora_weights.safetensors"))
+    for one, two in zip(*logs, strict=True):
+        assert one["images"] == two["images"] == 8
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-5)
+        assert two["advantage"] == pytest.approx(one["advantage"], abs=1e-3)
+        assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-3)
+    # Adam turns rounding of near-zero gradients into steps of the learning rate; the velocity's weights still agree closely.
+    difference = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    assert difference < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [("nan", r"reward 'brightness': returned nan for sample 1 \(prompt 'a photo"), ("length", r"returned shape \(7,\) for 8 images, needed \(8,\)")],
+)
+def test_a_broken_reward_is_named(write_config, broken, message):
+    path = write_config(rewards=[{"reward": {"type": "tests.train.brightness", "broken": broken}}])
+    with pytest.raises(ValueError, match=message):
+        train(path)
+
+
+def test_a_reward_that_may_skip_leaves_the_sample_out(write_config):
+    path = write_config(rewards=[{"reward": {"type": "tests.train.brightness", "broken": "nan"}, "may_skip": True}], steps=1)
+    _, log = train(path)
+    assert log[0]["advantage"]["kept"] == pytest.approx(7 / 8)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, monkeypatch):
+    built = trainer(write_config())
+    before = [parameter.detach().clone() for parameter in built.parameters]
+    honest = built.pipeline.velocity
+    monkeypatch.setattr(built.pipeline, "velocity", lambda *a, **k: honest(*a, **k) * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss of 'current' is nan \(last finite: none yet\); nothing was updated"):
+        built.step(0)
+    assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+
+
+def test_a_folder_of_another_configuration_is_refused_with_what_changed(write_config):
+    path = write_config()
+    train(path, "--steps", "1")
+    with pytest.raises(ValueError, match=r"changed: train.learning_rate: 0.01 -> 0.02"):
+        train(path, "--train.learning_rate", "0.02")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("--train.group_size", "1"), "train.group_size: got 1; a group estimator compares"),
+        (("--train.groups", "9999"), "a step takes 9999 prompts, but there are"),
+        (("--train.lerning_rate", "1"), "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
+        (("--algorithm.type", "awn"), "algorithm.type: unknown type 'awn' of algorithms: did you mean 'awm'"),
+        (("--train.learning_rate", "fast"), "train.learning_rate: needs float, got 'fast'"),
+        (("--advantage", "gpro"), "did you mean 'grpo'"),
+        (("--steps", "0"), "steps: got 0, needed at least 1"),
+        (("--algorithm.num_levels", "0"), "algorithm: num_levels: got 0"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused_with_the_place(write_config, override, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(write_config(), *override)
+
+
+def test_the_average_of_the_weights_is_what_is_saved_when_asked_for(write_config):
+    last, _ = train(write_config("last"))
+    averaged, _ = train(write_config("averaged"), "--train.ema_decay", "0.9")
+    assert not same(last, averaged)
+
+
+def test_full_weights_train_too(write_config, model):
+    path = write_config(pipeline={"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": None}, steps=1)
+    config = run.load_config(str(path), ["--train.learning_rate", "1e-4"])
+    run.run_training(config)
+    assert (config.output / "weights" / "model_index.json").is_file()
+
+
+def test_a_run_writes_its_log_samples_and_resolved_configuration(write_config):
+    path = write_config(steps=1)
+    _, log = train(path, "--train.sample_every", "1")
+    folder = run.load_config(str(path)).output
+    assert (folder / "samples" / "step_000000.png").stat().st_size > 500
+    assert set(log[0]["time_s"]) >= {"rollout", "reward", "train", "total"}
+    assert set(log[0]["reward"]) == {"shapes", "brightness"}
+    again = run.load_config(str(folder / "config.yaml"))
+    assert again == replace(run.load_config(str(path)), train=again.train)
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["images"] == 8
