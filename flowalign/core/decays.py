@@ -12,8 +12,23 @@ def constant(decay: float) -> Decay:
     return lambda step: decay
 
 
-def linear(rate: float, maximum: float) -> Decay:
-    """Keep ``min(maximum, rate * step)``: begin as a copy, then slow down (AWM: 0.001 and 0.3; NFT: 0.001 and 0.5).
+def linear(rate: float, maximum: float, *, start: int = 0) -> Decay:
+    """Keep ``min(maximum, rate * (step - start))``, and nothing before ``start``: begin as a copy, then slow down.
+
+    Args:
+        rate: Growth per step, at least 0.
+        maximum: Upper bound, in [0, 1].
+        start: Until this step the role is a copy of the current one.
+
+    Returns:
+        The decay as a function of the step.
+
+    Raises:
+        ValueError: If ``rate`` is negative or ``maximum`` outside [0, 1].
+
+    References:
+        Released code of AWM: ``linear(0.001, 0.3)``; of DiffusionNFT: ``linear(0.001, 0.5)`` (its type 1) and
+        ``linear(0.0075, 0.999, start=75)`` (type 2).
 
     Examples:
         >>> [linear(0.001, 0.3)(step) for step in (0, 100, 300, 500)]
@@ -21,7 +36,7 @@ def linear(rate: float, maximum: float) -> Decay:
     """
     if rate < 0 or not 0 <= maximum <= 1:
         raise ValueError(f"rate and maximum: got {rate} and {maximum}, needed rate >= 0 and maximum in [0, 1]")
-    return lambda step: min(maximum, rate * step)
+    return lambda step: min(maximum, rate * max(0, step - start))
 
 
 def ema_warmup(maximum: float) -> Decay:

@@ -10,11 +10,13 @@ def linear(score: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"]) -> 
 
     Its gradient is that of ``-advantage * exp(score - sg(score))``, the on-policy ratio of AWM's Algorithm 1.
     """
+    _check_rows(score, advantage)
     return -advantage * score
 
 
 def on_policy_ratio(score: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return ``-advantage * exp(score - sg(score))``: the value is minus the advantage, the gradient that of `linear`."""
+    _check_rows(score, advantage)
     return -advantage * (score - score.detach()).exp()
 
 
@@ -27,7 +29,10 @@ def ppo_clip(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"
         clip: Half-width c of the ratio's band, in the unit of the scores (1e-4 is published for means over latent elements).
 
     Returns:
-        One loss per row.
+        One loss per row; rows in `clipped_mask` have no gradient.
+
+    Raises:
+        ValueError: If the shapes differ or ``clip`` is not positive.
 
     References:
         Schulman et al., "Proximal Policy Optimization Algorithms", 2017, https://arxiv.org/abs/1707.06347, equation 7.
@@ -38,11 +43,24 @@ def ppo_clip(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"
         >>> ppo_clip(ratio.log(), advantage, clip=0.1)
         tensor([-1.1000,  0.9000,  1.2000, -0.8000])
     """
+    _check_rows(log_ratio, advantage, clip)
     ratio = log_ratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
 def clipped_mask(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float) -> Bool[Tensor, " rows"]:
     """Tell which rows `ppo_clip` leaves without gradient: the ratio has left the band in the direction of the advantage."""
+    _check_rows(log_ratio, advantage, clip)
     ratio = log_ratio.exp()
     return ((ratio > 1 + clip) & (advantage > 0)) | ((ratio < 1 - clip) & (advantage < 0))
+
+
+def _check_rows(score: Tensor, advantage: Tensor, clip: float = 1.0) -> None:
+    # A silent broadcast of [rows] against [rows, 1] would train every row on every advantage.
+    if score.shape != advantage.shape:
+        raise ValueError(
+            f"link: got scores of shape {list(score.shape)} and advantages of shape {list(advantage.shape)}, needed one of each per row "
+            f"(index the advantage [N, T] with the row's sample and step)"
+        )
+    if not clip > 0:
+        raise ValueError(f"clip: got {clip}, needed a positive number (1e-4 is usual for mean log-probabilities)")

@@ -1,5 +1,6 @@
 """Plans: for each step of a rollout its kernel, how many children it forks and whether it is trained."""
 
+import math
 from dataclasses import dataclass, replace
 
 from flowalign.core.kernels import Euler, Kernel
@@ -21,6 +22,11 @@ class PlanStep:
             raise ValueError(
                 f"a step of {type(self.kernel).__name__} cannot be trained: without noise its transition has no log-prob "
                 f"(use FlowSDE, DanceSDE, DDIM or CPS with positive noise)"
+            )
+        if self.num_children > 1 and self.kernel.is_deterministic:
+            raise ValueError(
+                f"num_children: got {self.num_children} at a step of {type(self.kernel).__name__}, whose children would be equal; "
+                f"needed 1, or a kernel with noise"
             )
 
 
@@ -44,6 +50,20 @@ class Plan:
     def trained(self) -> tuple[int, ...]:
         """Positions of the trained steps."""
         return tuple(i for i, step in enumerate(self.steps) if step.is_trained)
+
+    @property
+    def num_leaves(self) -> int:
+        """Final states per initial state."""
+        return self.leaves_after(-1)
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations per initial state in the rollout; a common prefix is evaluated once."""
+        return sum(self.num_leaves // self.leaves_after(i - 1) for i in range(self.num_steps))
+
+    def leaves_after(self, index: int) -> int:
+        """Return how many final states descend from one state that step ``index`` produced."""
+        return math.prod(step.num_children for step in self.steps[index + 1 :])
 
     def without_training(self) -> "Plan":
         """Return the same sampler with no transition kept."""
@@ -83,6 +103,36 @@ def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False) -> Plan:
     """
     noisy = not kernel.is_deterministic
     return Plan(tuple(PlanStep(kernel=kernel, is_trained=noisy and (train_last or i < num_steps - 1)) for i in range(num_steps)))
+
+
+def window(kernel: Kernel, num_steps: int, *, start: int, size: int) -> Plan:
+    """Apply and train one noisy kernel in a window of steps, and follow the ODE outside.
+
+    Args:
+        kernel: Kernel of the window.
+        num_steps: Number of steps of the whole plan.
+        start: First step of the window.
+        size: Number of steps in it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the window does not lie inside the plan, or the kernel has no noise.
+
+    References:
+        Li et al., "MixGRPO", 2025, https://arxiv.org/abs/2507.21802; Flow-GRPO-Fast.
+        Deviation: a window that would leave the schedule is refused; MixGRPO's released scheduler lets it shrink, at last to nothing.
+
+    Examples:
+        >>> from flowalign.core.kernels import FlowSDE
+        >>> window(FlowSDE(0.7), 10, start=2, size=3).trained
+        (2, 3, 4)
+    """
+    if start < 0 or size < 1 or start + size > num_steps:
+        raise ValueError(f"window: got start {start} and size {size} for {num_steps} steps, needed 0 <= start < start + size <= num_steps")
+    inside, outside = PlanStep(kernel=kernel, is_trained=True), PlanStep(kernel=Euler())
+    return Plan(tuple(inside if start <= i < start + size else outside for i in range(num_steps)))
 
 
 def ode(num_steps: int) -> Plan:

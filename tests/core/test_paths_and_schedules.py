@@ -75,7 +75,7 @@ def test_shifting_by_one_changes_nothing():
 def test_the_score_of_a_mixture_is_the_gradient_of_its_log_density():
     world = MixtureWorld(torch.tensor([[2.0, 0.0], [-1.0, 1.0]]), 0.3, torch.tensor([0.3, 0.7]))
     x = draw(4, 5, 2).requires_grad_()
-    (gradient,) = torch.autograd.grad(world.log_density(x, 0.4).sum(), x)
+    (gradient,) = torch.autograd.grad(world.log_prob(x, 0.4).sum(), x)
     assert (gradient - world.score(x.detach(), 0.4)).abs().max() < 1e-10
 
 
