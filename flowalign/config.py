@@ -1,6 +1,6 @@
 """Configuration: strict YAML into frozen dataclasses and back, with errors that name the place and the nearest right word.
 
-Overrides (``--train.learning_rate 1e-4``) are applied to the mapping before it is decoded, not by a second parser over the decoded object:
+Overrides (``--train.learning_rate 1e-4``) are applied to the mapping before it is decoded, not by a second parser over the result:
 fields whose class is only known from ``type`` then follow the very same rules, and a mistyped override gets the same answer as a mistyped key.
 """
 
@@ -31,7 +31,7 @@ class Plugin:
     kind: str
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """YAML in which a key that is given twice is an error: the first would be lost silently."""
 
 
@@ -41,7 +41,8 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     if twice is not None:
         raise ConfigError(f"line {node.start_mark.line + 1}: key {twice!r} is given twice")
     loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
+    result: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return result
 
 
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -57,7 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except ConfigError as error:

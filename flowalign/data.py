@@ -82,7 +82,7 @@ def draw(prompts: Sequence[Prompt], *, seed: int, step: int, num: int) -> list[P
         ['a', 'b', 'c', 'd']
     """
     first = step * num
-    drawn = []
+    drawn: list[Prompt] = []
     for position in range(first, first + num):
         epoch, place = divmod(position, len(prompts))
         if place == 0 or not drawn:

@@ -31,7 +31,7 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     """Evaluate the shipped base on held-out prompts, align it with AWM, evaluate again, and write a report.
 
     Args:
-        output: Folder for ``report.html``, ``summary.json``, the records and the run with its LoRA. A finished run there is evaluated again.
+        output: Folder for ``report.html``, ``summary.json``, the records and the run with its LoRA.
         seed: Seed of the training run; the evaluation's prompts and noise are always the same.
         threads: CPU threads; None for all cores, at most 8.
 
@@ -64,7 +64,8 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
 
 
 def _drift(suite: ShapesSuite, base: Evaluation, tuned: Evaluation) -> drift.Drift:
-    assert base.images is not None and tuned.images is not None
+    assert base.images is not None
+    assert tuned.images is not None
     ids = [record.id for record in base.records]
     return drift.measure_drift(base.images, tuned.images, suite.reference(seed=1), suite.reference(seed=2), ids)
 
@@ -117,7 +118,8 @@ def _report(
         curve = curve_from_log(flat, "distance/reference", name="velocity")
         charts.append(Chart(title="Distance to the base (mean squared velocity)", curves=[curve]))
     charts.append(Chart(title="Gradient norm", curves=[curve_from_log(flat, "grad_norm", name="before clipping")]))
-    inside = {name: sum(line["time_s"].get(name, 0.0) for line in log) for name in ("rollout", "reward", "advantage", "train", "checkpoint")}
+    names = ("rollout", "reward", "advantage", "train", "checkpoint")
+    inside = {name: sum(line["time_s"].get(name, 0.0) for line in log) for name in names}
     shares = [Share(name="evaluation", seconds=phases["evaluation"])]
     shares += [Share(name=f"training: {name}", seconds=seconds) for name, seconds in inside.items()]
     return Report(

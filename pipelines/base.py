@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from flowalign.core.kernels import sample
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Trajectory, Transitions, transition_rows
+from flowalign.core.rollout import Trajectory
 from flowalign.pipelines import lora_files
 from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, split, stack
-from flowalign.pipelines.record import Left, Probe, installed, run_probe
-from flowalign.pipelines.replay import Replay, learn_replay
+from flowalign.pipelines.record import Probe, installed, run_probe
+from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
+from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
-
-NoiseSource = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,10 @@ class FlowPipeline:
     Attributes:
         pipe: The diffusers pipeline.
         family: Its family.
-        roles: Versions of its denoiser.
-        module: What is called in a replay; training puts the wrapped (DDP) denoiser here.
+        denoiser: The bare denoiser.
+        module: What is called where gradients flow; training puts the wrapped (DDP) denoiser here.
+        roles: Versions of the denoiser.
+        dtype: What the networks compute in.
         num_steps: Default number of steps.
     """
 
@@ -65,13 +65,16 @@ class FlowPipeline:
                 component.eval().requires_grad_(False)
         self.pipe, self.family, self.num_steps = pipe, family, num_steps
         self.denoiser: nn.Module = getattr(pipe, family.denoiser)
+        self.dtype: torch.dtype = next(self.denoiser.parameters()).dtype
+        if lora is None:
+            # All weights are trained: half precision cannot hold updates of 1e-4 of a weight, so it is left to autocast.
+            self.denoiser.float()
         self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
         self.module = self.denoiser
         self._encoded: dict[str, tuple[Leaf, ...]] = {}
-        self._layout: Layout | None = None
-        self._replay: Replay | None = None
+        self._learnt: tuple[Layout, Replay] | None = None
         self._grids: dict[int, Tensor] = {}
-        self._timesteps: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -79,39 +82,43 @@ class FlowPipeline:
         return next(self.denoiser.parameters()).device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the denoiser computes in."""
-        return next(p.dtype for name, p in self.denoiser.named_parameters() if "lora_" not in name)
-
-    @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of the latents of one sample."""
         return self.family.event_shape
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.roles.lora is None and self.dtype != torch.float32:
+            return torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext()
+
     def _probe(self, probe: Probe, prompts: Sequence[str], num_steps: int) -> Probe:
-        latents = torch.zeros(len(prompts), *self.event_shape, device=self.device)
-        # Any latents do, as long as samples differ: a constant could hide a wrong axis.
-        latents = latents + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        arguments = {**self.family.arguments, "prompt": list(prompts), "num_inference_steps": num_steps, "latents": latents.to(self.dtype)}
-        return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments)
+        # Latents are given, so that the pipeline draws nothing from torch's global generator; samples differ, so that no wrong axis fits.
+        latents = torch.randn(len(prompts), *self.event_shape, generator=torch.Generator().manual_seed(0))
+        arguments = {
+            **self.family.arguments,
+            "prompt": list(prompts),
+            "num_inference_steps": num_steps,
+            "latents": latents.to(self.device, self.dtype),
+        }
+        with self._precision():
+            return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments)
 
     def _learn(self) -> tuple[Layout, Replay]:
-        """Work out from three short recordings where the batch is, what the timestep is and how outputs are combined."""
-        if self._layout is None or self._replay is None:
-            with self.roles.use(CURRENT):
-                steps = self._probe(Probe(num_steps=3), ["a", "b"], self.num_steps if self.num_steps > 2 else 3).steps
-                one = self._probe(Probe(num_steps=1), ["a"], 3).steps[0].calls
-                two = self._probe(Probe(num_steps=1), ["a", "b"], 3).steps[0].calls
-            self._replay = learn_replay(steps, self.family.guidance_scale)
-            skip = {self._replay.latents, self._replay.timestep}
-            self._layout = tuple(
-                {name: learn(name, first.arguments[name], second.arguments[name]) for name in first.arguments if name not in skip}
-                for first, second in zip(one, two, strict=True)
-            )
-        return self._layout, self._replay
+        """Work out from two short recordings where the batch is, what the timestep is and how outputs are combined."""
+        if self._learnt is None:
+            steps = self._probe(Probe(num_steps=3), ["a", "b"], max(self.num_steps, 3)).steps
+            replay = learn_replay(steps, (self.family.guidance_scale,))
+            two = steps[0].calls
+            one = self._probe(Probe(num_steps=1, num_calls=len(two)), ["a"], max(self.num_steps, 3)).calls
+            layout = []
+            for rule, first, second in zip(replay.calls, one, two, strict=True):
+                names = [name for name in second.arguments if name not in (rule.latents, rule.timestep)]
+                layout.append({name: learn(name, first.arguments[name], second.arguments[name]) for name in names})
+            self._learnt = tuple(layout), replay
+        return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one once: what the denoiser's first call is told is the conditioning.
+        """Encode prompts, each distinct one once: what the denoiser is told besides latents and noise level.
 
         Prompts are encoded one by one, so that a prompt's conditioning never depends on its batch mates, to the last bit.
 
@@ -120,15 +127,23 @@ class FlowPipeline:
 
         Returns:
             Conditioning of ``len(prompts)`` samples.
+
+        Raises:
+            ValueError: If there are no prompts, or the pipeline cannot be recorded (the reason is named).
         """
-        layout, _ = self._learn()
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._encoded:
-                call = self._probe(Probe(num_steps=1, num_calls=1), [prompt], self.num_steps).calls[0]
-                self._encoded[prompt] = tuple(
-                    leaf for name, spec in layout[0].items() for leaf in split(name, spec, call.arguments[name], 1)
-                )
+        if not prompts:
+            raise ValueError("encode: needs at least one prompt, got none")
+        layout, replay = self._learn()
         distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:
+            if prompt not in self._encoded:
+                calls = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
+                self._encoded[prompt] = tuple(
+                    leaf
+                    for specs, call in zip(layout, calls, strict=True)
+                    for name, spec in specs.items()
+                    for leaf in split(name, spec, call.arguments[name], 1)
+                )
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
         return stack(layout, [self._encoded[prompt] for prompt in distinct], index)
@@ -150,6 +165,7 @@ class FlowPipeline:
         noise: NoiseSource,
         start: int = 0,
         batch_size: int | None = None,
+        role: str = CURRENT,
     ) -> Trajectory:
         """Run a plan through the pipeline's own ``__call__``.
 
@@ -157,60 +173,67 @@ class FlowPipeline:
             cond: Conditioning of ``batch`` samples.
             plan: One kernel for each step of the schedule.
             x_init: State at ``sigmas[start]``, ``[batch, *event]`` float32.
-            noise: Standard normal draws for a step, ``[batch, *event]``.
+            noise: Standard normal draws for a step, ``[batch, *event]``; asked once for each noisy step.
             start: Resume in the middle of the schedule.
             batch_size: Samples of one call; None for all.
+            role: Version of the network that samples.
 
         Returns:
             The trajectory; latents and log-probs are float32 whatever the denoiser computes in.
 
         Raises:
-            ValueError: If sizes do not fit, or the pipeline edits its latents between steps.
+            ValueError: If sizes do not fit, or the pipeline does what a replay would not repeat (the reason is named).
         """
         if x_init.shape != (len(cond), *self.event_shape):
             raise ValueError(f"x_init: got shape {tuple(x_init.shape)}, needed {(len(cond), *self.event_shape)}")
         if not 0 <= start < plan.num_steps:
             raise ValueError(f"start: got {start}, needed a step in [0, {plan.num_steps})")
-        finals, tables, sigmas = [], [], torch.empty(0)
+        if any(step.num_children != 1 for step in plan.steps):
+            raise ValueError("plan: it forks (num_children above 1); resume from the stored states with `start` instead")
         drawn: dict[int, Tensor] = {}
 
-        def part_noise(rows: Tensor) -> NoiseSource:
-            def source(step: int) -> Tensor:
-                if step not in drawn:
-                    drawn[step] = noise(step)
-                return drawn[step][rows].to(self.device)
+        def draw(step: int) -> Tensor:
+            if step not in drawn:
+                drawn[step] = noise(step)
+            return drawn[step]
 
-            return source
-
-        for rows in torch.arange(len(cond)).split(batch_size or len(cond)):
-            driver = _Rollout(plan, x_init[rows].to(self.device, torch.float32), part_noise(rows), start, self.dtype)
-            arguments = {
-                **self.family.arguments,
-                **self.family.embeds(cond.take(rows)),
-                "num_inference_steps": plan.num_steps,
-                "latents": driver.x.to(self.dtype),
-                "output_type": "latent",
-            }
-            with installed(self.pipe, self.family.denoiser, self.denoiser, driver), torch.no_grad():
-                self.pipe(**arguments)
-            driver.check()
-            finals.append(driver.x)
-            sigmas = driver.sigmas
-            for table in driver.tables:
-                tables.append(_moved(table, int(rows[0])))
-        transitions = Transitions.concatenate(tables) if tables else Transitions.empty(finals[0])
-        self._remember(plan.num_steps, start, sigmas)
+        finals, tables = [], []
+        with self.roles.use(role) as network:
+            for rows in torch.arange(len(cond)).split(batch_size or len(cond)):
+                recorder = self._record(network, cond.take(rows), plan, x_init[rows.to(x_init.device)], draw, rows, start)
+                finals.append(recorder.x)
+                tables += recorder.tables
+        transitions = concatenate(tables, finals[0])
         return Trajectory(x_init=x_init, x0=torch.cat(finals), sigmas=self.sigmas(plan.num_steps), transitions=transitions)
 
-    def _remember(self, num_steps: int, start: int, sigmas: Tensor) -> None:
-        if start == 0:
-            self._grids.setdefault(num_steps, sigmas.float().cpu())
-
-    def _timestep(self, sigma: Tensor) -> Tensor:
-        """Map noise levels to the denoiser's timesteps: float32 arithmetic in diffusers' own order, so that recorded ones come out again."""
+    def _record(
+        self, network: nn.Module, cond: Conditioning, plan: Plan, x: Tensor, draw: NoiseSource, rows: Tensor, start: int
+    ) -> Recorder:
+        """Make one call of the pipeline."""
         _, replay = self._learn()
-        timestep = sigma.float() * replay.slope
-        return timestep + replay.offset if replay.offset else timestep
+        recorder = Recorder(
+            plan,
+            x.to(self.device, torch.float32),
+            lambda step: draw(step)[rows].to(self.device),
+            start=start,
+            first=int(rows[0]),
+            dtype=self.dtype,
+            replay=replay,
+            expected=cond.arguments(),
+        )
+        arguments = {
+            **self.family.arguments,
+            **self.family.embeds(cond),
+            "num_inference_steps": plan.num_steps,
+            "latents": recorder.x.to(self.dtype),
+            "output_type": "latent",
+            "return_dict": False,
+        }
+        with installed(self.pipe, self.family.denoiser, network, recorder), torch.no_grad(), self._precision():
+            recorder.check(self.pipe(**arguments)[0])
+        if start == 0 or plan.num_steps not in self._known:
+            self._known[plan.num_steps] = torch.stack(recorder.levels).to(self.device), torch.stack(recorder.timesteps)
+        return recorder
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = CURRENT) -> Tensor:
         """Replay the denoiser on other latents.
@@ -223,15 +246,37 @@ class FlowPipeline:
 
         Returns:
             Velocity ``[batch, *event]`` float32, guidance included.
+
+        Raises:
+            ValueError: If the sizes do not fit.
         """
+        if x.shape != (len(cond), *self.event_shape):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, needed {(len(cond), *self.event_shape)}")
+        if role == CURRENT and torch.is_grad_enabled():
+            return self.replayed(self.module, x, sigma, cond)
+        # Not the wrapped module: DDP would talk to other ranks in a pass without gradient.
+        with self.roles.use(role) as network, torch.no_grad():
+            return self.replayed(network, x, sigma, cond)
+
+    def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Replay a network that is given, as it is; see ``velocity``."""
         _, replay = self._learn()
-        arguments = cond.arguments()[0]
-        arguments[replay.latents] = torch.cat([x.to(self.dtype)] * replay.copies)
-        timestep = self._timestep(torch.as_tensor(sigma, device=x.device)).expand(len(x))
-        arguments[replay.timestep] = timestep.repeat(replay.copies)
-        with self.roles.use(role) as other, nullcontext() if role == CURRENT else torch.no_grad():
-            output = (self.module if other is None else other)(**arguments)
-        return replay.combine(output[0] if isinstance(output, tuple) else output.sample).float()
+        levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
+        timestep = replay.timestep(levels, self._known_timesteps(x.device))
+        shown = x.to(self.dtype)
+        outputs: list[Tensor] = []
+        with self._precision():
+            for rule, arguments in zip(replay.calls, cond.arguments(), strict=True):
+                arguments[rule.latents] = shown if rule.copies == 1 else torch.cat([shown] * rule.copies)
+                arguments[rule.timestep] = timestep.repeat(rule.copies)
+                outputs += tensor_of(network(**arguments)).chunk(rule.copies)
+            return replay.combine(outputs).float()
+
+    def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if not self._known:
+            return torch.empty(0, device=device), torch.empty(0, device=device)
+        levels, timesteps = zip(*self._known.values(), strict=True)
+        return torch.cat(levels), torch.cat(timesteps)
 
     def decode(self, x: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode latents ``[batch, *event]`` to images ``[batch, 3, h, w]`` in [0, 1], float32."""
@@ -241,7 +286,7 @@ class FlowPipeline:
     def save(self, folder: Path, role: str = CURRENT) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.
 
-        The file is loaded back and compared before it takes its name.
+        The files are loaded into a fresh copy of the base and compared before they take their name.
 
         Raises:
             RuntimeError: If what was written does not behave like what was trained.
@@ -253,55 +298,4 @@ class FlowPipeline:
         lora_files.load(self, folder)
 
 
-def _moved(table: Transitions, first: int) -> Transitions:
-    """Number a batch's samples as rows of the whole rollout."""
-    return Transitions(**{**vars(table), "sample": table.sample + first})
-
-
-class _Rollout:
-    """Drives one call of the pipeline by a plan; float32 state inside, the pipeline sees a cast copy."""
-
-    def __init__(self, plan: Plan, x: Tensor, noise: NoiseSource, start: int, dtype: torch.dtype) -> None:
-        self.plan, self.x, self.noise, self.start, self.dtype = plan, x, noise, start, dtype
-        self.sigmas = torch.empty(0)
-        self.tables: list[Transitions] = []
-        self._seen: list[Tensor] = []
-        self._shown = x.to(dtype)
-
-    def begin(self, sigmas: Tensor) -> None:
-        """Check the plan against the schedule."""
-        self.plan.check(len(sigmas) - 1 + self.start)
-        self.sigmas = sigmas.float().cpu()
-
-    def call(self, arguments: dict[str, Any]) -> None:
-        """Let the denoiser work."""
-
-    def answer(self, output: Any) -> None:
-        """Let the pipeline combine it."""
-
-    def step(self, index: int, model_output: Tensor, sample_seen: Tensor) -> Tensor:
-        """Apply the plan's kernel and keep the transition if it is trained."""
-        # Compared on the device and read after the rollout: no wait in each step.
-        self._seen.append((sample_seen != self._shown).any())
-        now, then = self.sigmas[index - self.start], self.sigmas[index - self.start + 1]
-        step = self.plan.steps[index]
-        velocity = model_output.float()
-        law = step.kernel(self.x, velocity, now, then)
-        x_next = law.mean if step.kernel.is_deterministic else sample(law, self.noise(index))
-        if step.is_trained:
-            self.tables.append(transition_rows(index, self.x, x_next, velocity, law.mean, law.std, now, then))
-        self.x = x_next
-        self._shown = x_next.to(self.dtype)
-        return self._shown
-
-    def check(self) -> None:
-        """Refuse a pipeline that edited its latents between steps."""
-        edited = [self.start + i for i, different in enumerate(self._seen) if bool(different)]
-        if edited:
-            raise ValueError(
-                f"the pipeline edited its latents before step {edited[0]} (a callback, inpainting or a custom loop); "
-                "its transitions would not be those of the plan"
-            )
-
-
-__all__ = ["Conditioning", "Family", "FlowPipeline", "Left", "LoRA"]
+__all__ = ["Conditioning", "Family", "FlowPipeline", "LoRA"]

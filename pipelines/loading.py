@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers.utils.logging as diffusers_logging
 import torch
+import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
+
+INDEX = "model_index.json"
 
 
 def shapes_folder() -> Path:
     """Return the folder of the pipeline that ships with flowalign, seen from the package or from the repository's top level."""
     here = Path(__file__)
     candidates = [here.parent.parent / "shapes" / "pipeline", here.resolve().parent.parent / "flowalign" / "shapes" / "pipeline"]
-    return next((folder for folder in candidates if (folder / "model_index.json").is_file()), candidates[0])
+    return next((folder for folder in candidates if (folder / INDEX).is_file()), candidates[0])
 
 
 def check_device(dtype: str, device: str | torch.device) -> None:
@@ -38,16 +46,18 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype) -> Di
         FileNotFoundError: If there is no such folder and the hub does not give it.
         ValueError: If the folder holds another kind of pipeline or no safetensors.
     """
-    folder = shapes_folder() if model == "shapes" else Path(model)
+    folder = shapes_folder() if model == "shapes" else Path(model).expanduser()
+    if model == "shapes" and not folder.is_dir():
+        raise FileNotFoundError(
+            f"pipeline.model: 'shapes' is {folder}, which is missing; reinstall flowalign or run `flowalign shapes pretrain`"
+        )
     local = folder.is_dir()
-    if local and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"pipeline.model: {folder} has no model_index.json, so it is no diffusers pipeline")
-    if local and not list(folder.rglob("*.safetensors")):
-        raise ValueError(f"pipeline.model: {folder} has no safetensors; convert it with save_pretrained(safe_serialization=True)")
-    if not local and (model == "shapes" or model.startswith((".", "/", "~")) or model.count("/") != 1):
+    if not local and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise FileNotFoundError(f"pipeline.model: {model!r} is neither a folder nor a hub id such as 'owner/name'")
+    absent = _absent(kind, folder) if local else {}
     try:
-        pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True)
+        with quiet():
+            pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **absent)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"pipeline.model: {model!r} could not be loaded: {error}. For a hub model check its name, accept its licence on its page and log in "
@@ -56,3 +66,39 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype) -> Di
     if not isinstance(pipe, kind):
         raise ValueError(f"pipeline.model: {model!r} is a {type(pipe).__name__}, needed a {kind.__name__}")
     return pipe
+
+
+def _absent(kind: type[DiffusionPipeline], folder: Path) -> dict[str, None]:
+    """Check a folder; name the parts that it was saved without, which ``from_pretrained`` wants to be told (a missing third encoder)."""
+    index = folder / INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"pipeline.model: {folder} has no {INDEX}, so it is no diffusers pipeline")
+    if not list(folder.rglob("*.safetensors")):
+        raise ValueError(f"pipeline.model: {folder} has no safetensors; convert it with save_pretrained(safe_serialization=True)")
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    if parts.get("_class_name") != kind.__name__:
+        raise ValueError(f"pipeline.model: {folder} is a {parts.get('_class_name')}, needed a {kind.__name__}")
+    needed = [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.default is inspect.Parameter.empty]
+    return {name: None for name in needed if parts.get(name, [None, None])[0] is None}
+
+
+@contextmanager
+def quiet(*, level: int | None = None) -> Iterator[None]:
+    """Switch the libraries' progress bars off for a moment.
+
+    Args:
+        level: Also raise diffusers' log level to this meanwhile.
+    """
+    before = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    verbosity = diffusers_logging.get_verbosity()
+    for log, _ in before:
+        log.disable_progress_bar()
+    if level is not None:
+        diffusers_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        for log, enabled in before:
+            if enabled:
+                log.enable_progress_bar()

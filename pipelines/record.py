@@ -78,7 +78,7 @@ def driven_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, driver: Driver)
         if scheduler.config[option]:
             raise ValueError(f"scheduler.config.{option}: must be False (the plan decides where noise is added)")
 
-    class Driven(parent):  # type: ignore[valid-type, misc]
+    class Driven(parent):  # type: ignore
         """The pipeline's scheduler with its steps handed to a driver."""
 
         # Spelled out because the pipelines' retrieve_timesteps reads the parameter names.
@@ -91,8 +91,8 @@ def driven_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, driver: Driver)
             timesteps: list[float] | None = None,
         ) -> None:
             super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
-            self.timesteps = self.timesteps[driver.start :]
-            self.sigmas = self.sigmas[driver.start :]
+            self.timesteps = self.timesteps[driver.start :]  # type: ignore[has-type]
+            self.sigmas = self.sigmas[driver.start :]  # type: ignore[has-type]
             # Set here so that nothing looks a timestep up, which would make the host wait for the device.
             self._begin_index = 0
             self._step_index = 0

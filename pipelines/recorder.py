@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.core.kernels import sample
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Transitions, transition_rows
+from flowalign.core.rollout import Transitions
 from flowalign.pipelines.replay import Replay, differences
 
 NoiseSource = Callable[[int], Tensor]
@@ -24,8 +24,9 @@ class Recorder:
 
     Attributes:
         start: First step of the plan that is taken.
+        first: Number of the first sample in the whole rollout.
         x: The state, ``[batch, *event]``.
-        tables: Rows of the trained steps.
+        tables: Trained steps with their rows.
         levels: Noise level of each step that was taken.
         timesteps: What the denoiser was told at each of them.
     """
@@ -37,25 +38,29 @@ class Recorder:
         noise: NoiseSource,
         *,
         start: int,
+        first: int,
         dtype: torch.dtype,
         replay: Replay,
         expected: Sequence[dict[str, Any]],
     ) -> None:
-        self.start, self.x = start, x
-        self.tables: list[Transitions] = []
+        self.start, self.first, self.x = start, first, x
+        self.tables: list[tuple[int, Transitions]] = []
         self.levels: list[Tensor] = []
         self.timesteps: list[Tensor] = []
         self._plan, self._noise, self._replay, self._expected = plan, noise, replay, expected
         self._sigmas = torch.empty(0)
         self._calls = 0
         self._flags: list[tuple[str, Tensor | bool]] = []
+        self._edits: list[tuple[str, Tensor | bool]] = []
         self._show(x, dtype)
 
     def begin(self, sigmas: Tensor) -> None:
         """Check the plan against the schedule."""
         # On the CPU, so that kernels can look at noise levels without waiting for a device.
         self._sigmas = sigmas.float().cpu()
-        self._plan.check(len(sigmas) - 1 + self.start)
+        got = len(sigmas) - 1 + self.start
+        if got != self._plan.num_steps:
+            raise ValueError(f"plan: has {self._plan.num_steps} steps, but the pipeline's schedule has {got}")
 
     def call(self, arguments: dict[str, Any]) -> None:
         """Compare one denoiser call with what the replay would tell it."""
@@ -91,7 +96,9 @@ class Recorder:
     def step(self, index: int, model_output: Tensor, sample_seen: Tensor) -> Tensor:
         """Apply the plan's kernel and keep the transition if it is trained."""
         if self._calls != len(self._replay.calls):
-            raise ValueError(f"the pipeline calls its denoiser {self._calls} times in step {index}, {len(self._replay.calls)} in its first ones")
+            raise ValueError(
+                f"the pipeline calls its denoiser {self._calls} times in step {index}, {len(self._replay.calls)} in its first ones"
+            )
         self._calls = 0
         self._compare(index, sample_seen)
         now, then = self._sigmas[index - self.start], self._sigmas[index - self.start + 1]
@@ -100,7 +107,18 @@ class Recorder:
         law = step.kernel(self.x, velocity, now, then)
         x_next = law.mean if step.kernel.is_deterministic else sample(law, self._noise(index))
         if step.is_trained:
-            self.tables.append(transition_rows(index, self.x, x_next, velocity, law.mean, law.std, now, then))
+            rows = Transitions(
+                x=self.x,
+                x_next=x_next,
+                velocity=velocity,
+                mean=law.mean,
+                std=self._column(law.std),
+                sigma=self._column(now),
+                sigma_next=self._column(then),
+                step=torch.full((len(self.x),), index, device=self.x.device),
+                sample=self.first + torch.arange(len(self.x), device=self.x.device),
+            )
+            self.tables.append((index, rows))
         self.levels.append(now)
         self.x = x_next
         return self._show(x_next, model_output.dtype)
@@ -115,12 +133,17 @@ class Recorder:
             ValueError: With the first thing that did not hold.
         """
         self._compare(self._plan.num_steps, latents)
-        if not self._flags:
+        # Edits first: whatever else is seen then follows from them.
+        flags = self._edits + self._flags
+        if not flags:
             return
-        reasons = [reason for reason, _ in self._flags]
-        found = torch.stack([torch.as_tensor(flag, device=self.x.device) for _, flag in self._flags]).tolist()
+        reasons = [reason for reason, _ in flags]
+        found = torch.stack([torch.as_tensor(flag, device=self.x.device) for _, flag in flags]).tolist()
         if any(found):
             raise ValueError(reasons[found.index(True)])
+
+    def _column(self, value: Tensor) -> Tensor:
+        return value.to(self.x.device, torch.float32).expand(len(self.x))
 
     def _show(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         self._shown = x.to(dtype)
@@ -135,4 +158,20 @@ class Recorder:
         )
         if self._shown._version != self._version:
             raise ValueError(reason)
-        self._flags += [(reason, flag) for _, flag in differences("latents", self._shown, seen)]
+        self._edits += [(reason, flag) for _, flag in differences("latents", self._shown, seen)]
+
+
+def concatenate(tables: Sequence[tuple[int, Transitions]], like: Tensor) -> Transitions:
+    """Join tables; rows are ordered by step, then sample.
+
+    Args:
+        tables: Steps with their rows, batch by batch.
+        like: Latents ``[batch, *event]``, for the shape of a table without rows.
+    """
+    if not tables:
+        none, rows = like[:0], like.new_zeros(0)
+        ids = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return Transitions(x=none, x_next=none, velocity=none, mean=none, std=rows, sigma=rows, sigma_next=rows, step=ids, sample=ids)
+    # Batches come one after the other, each with its steps in order: a stable sort leaves samples in order.
+    ordered = [rows for _, rows in sorted(tables, key=lambda pair: pair[0])]
+    return Transitions(**{name: torch.cat([vars(table)[name] for table in ordered]) for name in vars(ordered[0])})

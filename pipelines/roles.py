@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 CURRENT, REFERENCE = "current", "reference"
@@ -42,33 +44,50 @@ class Roles:
 
     With LoRA, every role but ``reference`` is an adapter on the one module, and ``reference`` is the module with its adapters off: the
     base, bit for bit. Without LoRA, ``current`` is the module and the others are frozen copies.
+
+    Attributes:
+        module: The denoiser.
+        lora: Its adapters' settings; None if all weights are trained.
+        names: The roles, ``current`` first. With LoRA ``reference`` is always among them.
     """
 
     def __init__(self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0) -> None:
         self.module, self.lora = module, lora
-        self.names: list[str] = []
         self._copies: dict[str, nn.Module] = {}
+        self._layers: dict[str, LoraLayer] = {}
         self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
+        self._active = CURRENT
         module.requires_grad_(lora is None)
         if self._config is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 module.add_adapter(self._config, adapter_name=CURRENT)
-            for parameter in self._adapter(CURRENT).values():
-                # Adapters are trained in float32 whatever the base is in: bf16 cannot hold updates of 1e-4 of a weight.
-                parameter.data = parameter.data.float()
-        self.names.append(CURRENT)
+            self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+            self._widen(CURRENT)
+        self.names = [CURRENT] if lora is None else [CURRENT, REFERENCE]
         self._select(CURRENT)
 
+    def _widen(self, name: str) -> None:
+        for parameter in self._adapter(name).values():
+            # Adapters are trained in float32 whatever the base is in: bf16 cannot hold updates of 1e-4 of a weight.
+            parameter.data = parameter.data.float()
+        self.module.eval()  # layers that peft has just made are in training mode
+
     def _adapter(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of an adapter under names without the adapter's own."""
-        marker = f".{name}."
-        return {key.replace(marker, "."): value for key, value in self.module.named_parameters() if marker in key and "lora_" in key}
+        """Parameters of an adapter under the names that they have in a file."""
+        found: dict[str, nn.Parameter] = {}
+        for place, layer in self._layers.items():
+            found[f"{place}.lora_A.weight"] = layer.lora_A[name].weight
+            found[f"{place}.lora_B.weight"] = layer.lora_B[name].weight
+        return found
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)}); add it first")
 
     def parameters(self, name: str) -> dict[str, Tensor]:
         """Return the tensors that make a role differ from the base (with LoRA) or all its parameters."""
-        if name not in self.names:
-            raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)})")
+        self._check(name)
         if self.lora is not None:
             return dict(self._adapter(name)) if name != REFERENCE else {}
         return dict((self.module if name == CURRENT else self._copies[name]).named_parameters())
@@ -78,66 +97,79 @@ class Roles:
         return [parameter for parameter in self.parameters(CURRENT).values() if isinstance(parameter, nn.Parameter)]
 
     @property
-    def num_layers(self) -> int:
-        """Number of layers that carry an adapter; without LoRA all linear layers."""
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that carry an adapter; without LoRA all linear layers."""
         if self.lora is not None:
-            return sum("lora_A" in key for key in self._adapter(CURRENT))
-        return sum(isinstance(layer, nn.Linear) for layer in self.module.modules())
+            return tuple(self._layers)
+        return tuple(name for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that are trained; see ``layers``."""
+        return len(self.layers)
 
     def add(self, name: str) -> None:
-        """Add a role as a frozen copy of ``current``; ``reference`` is the base itself with LoRA."""
+        """Add a role as a frozen copy of ``current``; ``reference`` is the base itself with LoRA.
+
+        Raises:
+            ValueError: If the name has a dot, which separates module names.
+        """
         if name in self.names:
             return
+        if "." in name:
+            raise ValueError(f"role {name!r}: a name without dots is needed")
         if self.lora is None:
             self._copies[name] = copy.deepcopy(self.module).requires_grad_(False)
-        elif name != REFERENCE:
+        else:
+            # The fork keeps torch's global generator out of it: these first weights are overwritten at once.
             with torch.random.fork_rng(devices=[]):
                 self.module.add_adapter(self._config, adapter_name=name)
-            for parameter in self._adapter(name).values():
-                parameter.data = parameter.data.float()
+            self._widen(name)
         self.names.append(name)
         self.blend(name, 0.0)
-        self._select(CURRENT)
+        self._select(self._active)
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
-        """Move a role towards ``current``: ``role <- decay * role + (1 - decay) * current``."""
-        if name == REFERENCE or decay == 1:
+        """Move a role towards ``current``: ``role <- decay * role + (1 - decay) * current``, factor by factor.
+
+        ``reference`` and ``current`` itself stay; decay 0 copies exactly.
+        """
+        if name in (CURRENT, REFERENCE):
             return
         source = self.parameters(CURRENT)
         for key, value in self.parameters(name).items():
             value.copy_(source[key]) if decay == 0 else value.lerp_(source[key], 1 - decay)
 
     def _select(self, name: str) -> None:
-        if self.lora is None:
-            return
-        if name == REFERENCE:
-            self.module.disable_adapters()
-        else:
-            self.module.enable_adapters()
-            self.module.set_adapter(name)
-        # peft makes the selected adapter trainable and the others not; only `current` ever is.
+        self._active = name
+        for layer in self._layers.values():
+            layer.enable_adapters(name != REFERENCE)
+            if name != REFERENCE:
+                layer.set_adapter([name])
+        # peft makes the selected adapter trainable and the others not; only `current` ever is, and it always is: a backward pass skips
+        # whatever is frozen at that moment, also if it was not when its forward pass was done.
         for role in self.names:
-            if role != REFERENCE:
+            if self.lora is not None and role != REFERENCE:
                 for parameter in self._adapter(role).values():
                     parameter.requires_grad_(role == CURRENT)
 
     @contextmanager
-    def use(self, name: str) -> Iterator[nn.Module | None]:
-        """Make the module act as a role; yields the module to call instead, or None for the module itself."""
-        if name not in self.names:
-            raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)}); add it first")
-        if name == CURRENT:
-            yield None
-            return
+    def use(self, name: str) -> Iterator[nn.Module]:
+        """Make the module act as a role, and afterwards as before; yields the network to call."""
+        self._check(name)
         if self.lora is None:
-            yield self._copies[name]
+            yield self.module if name == CURRENT else self._copies[name]
+            return
+        before = self._active
+        if name == before:
+            yield self.module
             return
         self._select(name)
         try:
-            yield None
+            yield self.module
         finally:
-            self._select(CURRENT)
+            self._select(before)
 
     def lora_state_dict(self, name: str) -> dict[str, Tensor]:
         """Return a role's adapter in peft's layout, as ``save_lora_weights`` wants it."""
@@ -154,32 +186,46 @@ class Roles:
         """Return the tensors of every role but the reference, for an exact resume."""
         return {name: self.parameters(name) for name in self.names if name != REFERENCE}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what ``state_dict`` gave.
+        """Restore what ``state_dict`` gave; roles that are not there yet are added.
 
         Raises:
             ValueError: If roles or tensors are missing or have other shapes.
         """
+        absent = [name for name in self.names if name != REFERENCE and name not in state]
+        if absent:
+            raise ValueError(f"the stored roles are {', '.join(state)}; missing {', '.join(absent)}")
         for name, tensors in state.items():
-            if name not in self.names:
-                self.add(name)
-            mine = self.parameters(name)
-            if mine.keys() != tensors.keys():
-                missing = sorted(set(mine) ^ set(tensors))[:3]
-                raise ValueError(f"role {name!r}: the stored tensors are not those of this model (for example {', '.join(missing)})")
-            for key, value in mine.items():
-                if value.shape != tensors[key].shape:
-                    raise ValueError(f"role {name!r}, {key}: stored shape {tuple(tensors[key].shape)}, needed {tuple(value.shape)}")
-                value.copy_(tensors[key])
+            self.add(name)
+            self.load(name, tensors)
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the tensors of one role.
+
+        Raises:
+            ValueError: If they are not the role's.
+        """
+        mine = self.parameters(name)
+        if mine.keys() != tensors.keys():
+            odd = sorted(set(mine) ^ set(tensors))
+            raise ValueError(
+                f"role {name!r}: the stored tensors are not those of this model ({len(odd)} do not match, for example {odd[0]})"
+            )
+        for key, value in mine.items():
+            if value.shape != tensors[key].shape:
+                raise ValueError(f"role {name!r}, {key}: stored shape {tuple(tensors[key].shape)}, needed {tuple(value.shape)}")
+        for key, value in mine.items():
+            value.copy_(tensors[key])
 
 
 def _peft_config(module: nn.Module, lora: LoRA, targets: tuple[str, ...]) -> LoraConfig:
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
-            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(endings[:20])}")
+            endings = sorted({".".join(name.split(".")[-num:]) for name in linear for num in (1, 2)})
+            near = difflib.get_close_matches(target, endings, n=5, cutoff=0.4) or endings[:20]
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(near)}")
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

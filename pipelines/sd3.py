@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -51,7 +51,7 @@ class Config:
     width: int | None = None
     max_sequence_length: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lora: LoRA | None = LoRA()
+    lora: LoRA | None = field(default_factory=LoRA)
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,1 @@
+"""Algorithms, one file each: a composition of parts of the core."""

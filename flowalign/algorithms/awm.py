@@ -1,7 +1,7 @@
 """AWM: advantage weighted matching. The flow-matching loss of the model's own samples, weighted by their advantages.
 
-Any sampler will do, because only the final images are trained on. Each is noised to a few stratified levels and the network is drawn towards
-(positive advantage) or away from (negative) the velocity that leads back to it.
+Any sampler will do, because only the final images are trained on. Each is noised to a few stratified levels and the network is drawn
+towards (positive advantage) or away from (negative) the velocity that leads back to it.
 """
 
 from __future__ import annotations

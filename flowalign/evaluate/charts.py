@@ -104,7 +104,7 @@ def ticks(low: float, high: float, *, num: int = 4) -> list[float]:
 
     Examples:
         >>> ticks(0.13, 0.58)
-        [0.0, 0.2, 0.4, 0.6]
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
         >>> ticks(0, 100)
         [0, 20, 40, 60, 80, 100]
     """

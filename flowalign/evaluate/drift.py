@@ -52,16 +52,9 @@ class Drift:
         return asdict(self)
 
     def rows(self) -> list[list[str]]:
-        """Return rows for a table with the columns measure, base, tuned, real images, no change would be."""
-        rows = [
-            [
-                "Kernel distance to real images",
-                str(self.distance_base),
-                str(self.distance_tuned),
-                str(self.distance_control),
-                "lower is better",
-            ]
-        ]
+        """Return rows for a table with the columns ``COLUMNS``."""
+        distances = (self.distance_base, self.distance_tuned, self.distance_control)
+        rows = [["Kernel distance to real images, x 1000", *map(_thousandfold, distances), "lower is better"]]
         for name, interval in {
             "Diversity within a prompt, features": self.feature_diversity,
             "Diversity within a prompt, pixels": self.pixel_diversity,
@@ -79,6 +72,12 @@ class Drift:
 
 
 COLUMNS = ("Measure", "Base", "Tuned", "Real images", "How to read it")
+
+
+def _thousandfold(interval: Interval) -> str:
+    values = (interval.mean, interval.low, interval.high)
+    mean, low, high = (f"{1000 * (value or 0.0):.2f}" for value in values)
+    return f"{mean} [{low}, {high}]"
 
 
 def measure_drift(base: Tensor, tuned: Tensor, reference: Tensor, control: Tensor, prompt_id: Sequence[int], *, seed: int = 0) -> Drift:

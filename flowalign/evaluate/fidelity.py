@@ -40,7 +40,8 @@ class RandomFeatures(nn.Module):
         draw = generator(seed, "random features")
         self.layers = nn.ModuleList()
         for width_in, width_out, stride in ((3, 32, 1), (32, 64, 2), (64, 80, 2)):
-            layer = nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, padding_mode="replicate")
+            # Skipping the usual initialisation keeps the global generator untouched.
+            layer = nn.utils.skip_init(nn.Conv2d, width_in, width_out, 3, stride=stride, padding=1, padding_mode="replicate")
             nn.init.normal_(layer.weight, std=(2 / (9 * width_in)) ** 0.5, generator=draw)
             nn.init.normal_(layer.bias, std=0.1, generator=draw)
             self.layers.append(layer)
@@ -72,10 +73,10 @@ def features_of(images: Tensor, *, network: nn.Module, batch_size: int = 256) ->
 def kernel_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, confidence: float = 0.95) -> Interval:
     """Return the kernel distance (KID's polynomial MMD squared) between images and reference images of the same prompts.
 
-    The prompt is the unit: with h(p, q) = k(x_p, x_q) + k(y_p, y_q) - k(x_p, y_q) - k(x_q, y_p), each k averaged over the images of two
-    prompts, the estimate is the mean of h over pairs of *different* prompts. That is unbiased also for few images, 0 on average for two sets
-    of the same distribution (so it can be slightly negative) and exactly 0 for identical sets. The interval is the jackknife's over prompts;
-    it is wide under some ten prompts.
+    The prompt is the unit: with h(p, q) = k(x_p, x_q) + k(y_p, y_q) - k(x_p, y_q) - k(x_q, y_p), each k averaged over the
+    images of two prompts, the estimate is the mean of h over pairs of *different* prompts. That is unbiased also for few
+    images, 0 on average for two sets of the same distribution (so it can be slightly negative) and 0 for identical sets. The
+    interval is the jackknife's over prompts; it is wide under some ten prompts.
 
     Own code and not ``torchmetrics.image.KernelInceptionDistance``, which works offline with a feature module, but subsets images with the
     global random generator and knows no prompts: its spread over subsets is no interval, and pairs of one prompt bias it downwards.
@@ -94,7 +95,8 @@ def kernel_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int
 
     References:
         Binkowski et al., "Demystifying MMD GANs", 2018, https://arxiv.org/abs/1801.01401, section 4 (the kernel ``(x.y / d + 1)^3``);
-        Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, equation 4 (the paired estimate). Deviation: its samples are whole prompts.
+        Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, equation 4 (the paired estimate).
+        Deviation: the samples are whole prompts.
     """
     if features.shape != reference.shape or features.ndim != 2 or len(prompt_id) != len(features):
         raise ValueError(
@@ -229,8 +231,8 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
 def _prompt_average(prompt_id: Sequence[int]) -> Tensor:
     """Matrix ``[prompt, image]`` that averages over the images of each prompt."""
     _, index, counts = torch.tensor(list(prompt_id)).unique(return_inverse=True, return_counts=True)
-    average = functional.one_hot(index).T.double()
-    return average / counts[:, None]
+    average: Tensor = functional.one_hot(index).T / counts[:, None].double()
+    return average
 
 
 def _prompt_kernel(x: Tensor, y: Tensor, average: Tensor) -> Tensor:

@@ -65,6 +65,10 @@ class Evaluation:
         ids, tags = [record.id for record in self.records], [record.tag for record in self.records]
         return bootstrap(_values(self.records, measure), ids, tags)
 
+    def tags(self) -> list[str]:
+        """Return the tags in the suite's order."""
+        return list(dict.fromkeys(record.tag for record in self.records))
+
     def num_meanings(self) -> dict[str, int]:
         """Count the distinct meanings of each tag, for tags whose meanings the suite knows."""
         meanings: dict[str, set[str]] = {}
@@ -141,10 +145,10 @@ def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure
     Examples:
         >>> records = [Record(id=i, prompt="p", tag="colors", k=0, strict=i > 1, graded=1.0) for i in range(4)]
         >>> print(table(Evaluation(suite="shapes", seed=0, records=tuple(records))))
-        tag           prompts  images  strict
-        colors              4       4  0.500 [0.000, 1.000]
-        macro mean          4       4  0.500 [0.000, 1.000]
-        mean of images      4       4  0.500 [0.000, 1.000]
+        tag             prompts  images  strict
+        colors                4       4  0.500 [0.000, 1.000]
+        macro mean            4       4  0.500 [0.000, 1.000]
+        mean of images        4       4  0.500 [0.000, 1.000]
     """
     columns: dict[str, Scores] = {measure if tuned is None else "base": base.scores(measure)}
     if tuned is not None:
@@ -157,9 +161,9 @@ def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure
         counts = [first.num_prompts, *([meanings] if meanings else []), first.num_images]
         return [name, *(str(sum(count.get(tag, 0) for tag in tags)) for count in counts), *map(str, cells)]
 
-    rows += [row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]) for tag in first.per_tag]
-    rows.append(row("macro mean", [*first.per_tag], [scores.overall for scores in columns.values()]))
-    rows.append(row("mean of images", [*first.per_tag], [scores.micro for scores in columns.values()]))
+    rows += [row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]) for tag in base.tags()]
+    rows.append(row("macro mean", base.tags(), [scores.overall for scores in columns.values()]))
+    rows.append(row("mean of images", base.tags(), [scores.micro for scores in columns.values()]))
     return _aligned(rows, num_right=len(rows[0]) - 1 - len(columns))
 
 

@@ -166,7 +166,7 @@ def score_rows(base: Evaluation, tuned: Evaluation, *, measure: Measure = "stric
             tuned=second.per_tag[tag],
             difference=difference.per_tag[tag],
         )
-        for tag in first.per_tag
+        for tag in base.tags()
     ]
     overall = note(sum(first.num_prompts.values()), sum(meanings.values()))
     return [

@@ -163,9 +163,9 @@ def run_suite(
 
     Args:
         suite: The suite.
-        generate: Called with the texts and, for each image, ``(noise id, k)``. The noise id is a 63-bit key made of ``seed`` and the prompt's
-            id, k the number of the image among those of its prompt: noise that is a function of these two does not depend on the
-            batch size, the order or the other prompts.
+        generate: Called with the texts and, for each image, ``(noise id, k)``. The noise id is a 63-bit key made of ``seed``
+            and the prompt's id, k the number of the image among those of its prompt: noise that is a function of these two does
+            not depend on the batch size, the order or the other prompts.
         batch_size: Images in a call of ``generate``; the last call may have fewer.
         seed: Another seed gives all images other noise.
         keep_images: Keep the images in the evaluation, on the CPU, for grids and fidelity measures.

@@ -167,7 +167,8 @@ def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{folder}: no diffusers pipeline there (model_index.json is missing); make one with `flowalign shapes pretrain --output {folder}`"
+            f"{folder}: no diffusers pipeline there (model_index.json is missing); "
+            f"make one with `flowalign shapes pretrain --output {folder}`"
         )
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)

@@ -1,8 +1,8 @@
 """Pretraining of the shapes pipeline: first the autoencoder, then the denoiser together with its text encoders.
 
-Seeded and resumable: each step's batch and noise depend on the seed and the step alone, the checkpoint holds all states, and the same command
-goes on. The learning rate is constant and the weights that are saved are an exponential average, so that a run of N steps is the beginning
-of every longer one. Only prompts of the training split are ever drawn.
+Seeded and resumable: each step's batch and noise depend on the seed and the step alone, the checkpoint holds all states, and the same
+command goes on. The learning rate is constant and the weights that are saved are an exponential average, so that a run of N steps is the
+beginning of every longer one. Only prompts of the training split are ever drawn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PretrainConfig:
     seed: int = 0
     autoencoder_steps: int = 2200
     autoencoder_batch_size: int = 32
-    steps: int = 6000
+    steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 1e-3
     autoencoder_learning_rate: float = 3e-3
@@ -230,10 +230,10 @@ def _resume(weights: _Weights, optimizer: torch.optim.Optimizer, path: Path) -> 
         for name, value in weights.modules.named_parameters():
             value.copy_(state[f"weight/{name}"])
             weights.average[name].copy_(state[f"average/{name}"])
-    for key, value in state.items():
+    for key, tensor in state.items():
         if key.startswith("moment/"):
             _, index, name = key.split("/")
-            moments.setdefault(int(index), {})[name] = value
+            moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return int(max(moment["step"].item() for moment in moments.values()))
 

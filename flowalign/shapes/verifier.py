@@ -57,7 +57,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What stands in each cell: ``shape`` ``[batch, 16]`` (an index, -1 empty, -2 junk), ``color`` and ``centre`` ``[batch, 16, 2]`` pixels."""
+    """What stands in each cell.
+
+    Shapes:
+        shape: ``[batch, 16]``, an index into ``SHAPES``, -1 for an empty cell, -2 for junk.
+        color: ``[batch, 16]``, an index into ``COLORS``.
+        centre: ``[batch, 16, 2]``, pixels to the right and down.
+    """
 
     shape: Tensor
     color: Tensor

@@ -28,7 +28,7 @@ def flatten(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
     rest: dict[str, Any] = {}
     if isinstance(state, Tensor):
         tensors[prefix] = state.detach()
-    elif isinstance(state, Mapping) or isinstance(state, list | tuple):
+    elif isinstance(state, Mapping | list | tuple):
         pairs = list(state.items()) if isinstance(state, Mapping) else list(enumerate(state))
         # The kind of the container, and whether keys were integers, must survive the way through text.
         kind = "sequence" if not isinstance(state, Mapping) else "int" if any(isinstance(k, int) for k, _ in pairs) else "str"

@@ -55,9 +55,12 @@ class Pipeline(Protocol):
 class PromptLike(Protocol):
     """A prompt: its text, its record and a stable id."""
 
-    text: str
-    metadata: dict[str, Any]
-    uid: int
+    @property
+    def text(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+    @property
+    def uid(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +178,18 @@ class Trainer:
         group, sample = flat // config.group_size, flat % config.group_size
         mine = [prompts[i] for i in group.tolist()]
         uid = torch.tensor([prompt.uid for prompt in mine])
-        keys = {"seed": self.seed, "step": step, "prompts": uid, "samples": group * _ID_LIMIT + sample}
+
+        def keyed(purpose: str) -> Tensor:
+            numbers = group * _ID_LIMIT + sample
+            return normal(self.pipeline.event_shape, seed=self.seed, purpose=purpose, step=step, prompts=uid, samples=numbers)
+
         with self.clock.phase("rollout"):
             cond = self.pipeline.encode([prompt.text for prompt in mine])
-            shape = self.pipeline.event_shape
             trajectory = self.pipeline.rollout(
                 cond,
                 self.algorithm.plan(step, self.pipeline.num_steps),
-                x_init=normal(shape, purpose="initial noise", **keys).to(self.accelerator.device),
-                noise=lambda i: normal(shape, purpose=f"noise of step {i}", **keys),
+                x_init=keyed("initial noise").to(self.accelerator.device),
+                noise=lambda i: keyed(f"noise of step {i}"),
                 batch_size=config.rollout_batch_size,
             )
             images = self.pipeline.decode(trajectory.x0)
@@ -206,7 +212,8 @@ class Trainer:
         """Join the rewards of all ranks, sorted by id: nothing that is compared may be rank-local."""
 
         def gathered(values: Tensor) -> Tensor:
-            return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+            everyone: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
+            return everyone.cpu()
 
         uid = gathered(group * self.config.group_size + sample)
         order = torch.argsort(uid)
@@ -214,7 +221,13 @@ class Trainer:
         if table.clauses is not None and table.clauses_valid is not None:
             columns |= {"clauses": table.clauses, "clauses_valid": table.clauses_valid}
         joined = {name: gathered(values)[order] for name, values in columns.items()}
-        return RewardBatch(**joined, sample_uid=uid[order])
+        return RewardBatch(
+            rewards=joined["rewards"],
+            group_id=joined["group_id"],
+            sample_uid=uid[order],
+            clauses=joined.get("clauses"),
+            clauses_valid=joined.get("clauses_valid"),
+        )
 
     # -- update -----------------------------------------------------------------------------------------------------------------
 

@@ -172,7 +172,9 @@ def smallest_std(rewards, groups):
 def test_rloo_is_dr_grpo_times_k_over_k_minus_one():
     rewards, groups = ragged(2)
     size = torch.bincount(groups)[groups].double()
-    assert torch.allclose(advantages("rloo", rewards, groups=groups), advantages("dr_grpo", rewards, groups=groups) * size / (size - 1), atol=1e-6)
+    assert torch.allclose(
+        advantages("rloo", rewards, groups=groups), advantages("dr_grpo", rewards, groups=groups) * size / (size - 1), atol=1e-6
+    )
 
 
 def test_ddof_scales_grpo_by_a_known_factor():
@@ -208,7 +210,12 @@ def test_advantages_are_repeated_over_steps_and_masked():
 
 
 def test_stages_can_be_written_down_in_a_configuration():
-    written = [{"stage": "combine_rewards"}, {"stage": "center"}, {"stage": "scale_by_std", "ddof": 0, "eps": 1e-4}, {"stage": "broadcast_steps"}]
+    written = [
+        {"stage": "combine_rewards"},
+        {"stage": "center"},
+        {"stage": "scale_by_std", "ddof": 0, "eps": 1e-4},
+        {"stage": "broadcast_steps"},
+    ]
     estimator = from_config(written)
     result, _ = estimator.update(make(C), estimator.init())
     assert torch.equal(result.advantage, estimate("grpo", make(C)).advantage)

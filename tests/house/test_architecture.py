@@ -89,7 +89,11 @@ def test_the_package_list_equals_the_tree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     folders = {path.parent for path in (ROOT / "flowalign").rglob("__init__.py")}
-    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"flowalign.pipelines", "flowalign.rewards", "flowalign.configs"}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {
+        "flowalign.pipelines",
+        "flowalign.rewards",
+        "flowalign.configs",
+    }
     assert listed == found
 
 

@@ -27,7 +27,12 @@ class Outer:
 
 
 def test_a_configuration_comes_back_as_it_was_written():
-    written = {"steps": 3, "inner": {"rate": "1e-4", "sizes": [4], "mode": "slow"}, "reward": {"type": "shapes", "strict": 0.25}, "name": "x"}
+    written = {
+        "steps": 3,
+        "inner": {"rate": "1e-4", "sizes": [4], "mode": "slow"},
+        "reward": {"type": "shapes", "strict": 0.25},
+        "name": "x",
+    }
     decoded = decode(Outer, written)
     assert decoded.inner == Inner(rate=1e-4, sizes=(4,), mode="slow")
     assert decoded.reward.strict == 0.25
@@ -64,7 +69,11 @@ def test_overrides_reach_into_mappings_lists_and_short_forms():
     found = override(written, ["--a.b", "2", "--algorithm.num_levels", "3", "--rewards.0.weight=0.5"])
     assert found == {"a": {"b": 2}, "algorithm": {"type": "awm", "num_levels": 3}, "rewards": [{"weight": 0.5}]}
     assert written["a"] == {"b": 1}
-    for arguments, message in ((["--a"], "needs a value"), (["a", "1"], "needed an override"), (["--rewards.4.weight", "1"], "not one of the list's")):
+    for arguments, message in (
+        (["--a"], "needs a value"),
+        (["a", "1"], "needed an override"),
+        (["--rewards.4.weight", "1"], "not one of the list's"),
+    ):
         with pytest.raises(ConfigError, match=message):
             override(written, arguments)
 
@@ -143,7 +152,11 @@ def flowalign(*arguments):
 
 def test_the_command_line_lists_plugins_without_importing_torch():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from flowalign.cli import main; main(['list', 'algorithms']); assert 'torch' not in sys.modules"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from flowalign.cli import main; main(['list', 'algorithms']); assert 'torch' not in sys.modules",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -160,7 +160,9 @@ def test_checkpoints_hold_nested_state_and_refuse_what_would_need_pickle(tmp_pat
 
 def launch(path, *overrides):
     command = [sys.executable, "-m", "flowalign", "train", str(path), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def wait_for(condition, process, seconds=90):
@@ -224,7 +226,10 @@ def test_two_processes_train_like_one(write_config):
 
 @pytest.mark.parametrize(
     ("broken", "message"),
-    [("nan", r"reward 'brightness': returned nan for sample 1 \(prompt 'a photo"), ("length", r"returned shape \(7,\) for 8 images, needed \(8,\)")],
+    [
+        ("nan", r"reward 'brightness': returned nan for sample 1 \(prompt 'a photo"),
+        ("length", r"returned shape \(7,\) for 8 images, needed \(8,\)"),
+    ],
 )
 def test_a_broken_reward_is_named(write_config, broken, message):
     path = write_config(rewards=[{"reward": {"type": "tests.train.brightness", "broken": broken}}])
