@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -206,8 +206,6 @@ class Probe:
 def run_probe(pipe: DiffusionPipeline, name: str, network: nn.Module, probe: Probe, arguments: Mapping[str, Any]) -> Probe:
     """Call the pipeline under a probe until the probe has seen enough."""
     with installed(pipe, name, network, probe), torch.no_grad():
-        try:
+        with suppress(Left):
             pipe(**arguments)
-        except Left:
-            pass
     return probe

@@ -172,7 +172,14 @@ class Roles:
             self._select(before)
 
     def lora_state_dict(self, name: str) -> dict[str, Tensor]:
-        """Return a role's adapter in peft's layout, as ``save_lora_weights`` wants it."""
+        """Return a role's adapter in peft's layout, as ``save_lora_weights`` wants it.
+
+        Raises:
+            ValueError: If the role has none.
+        """
+        self._check(name)
+        if name == REFERENCE:
+            raise ValueError("role 'reference' is the base itself: it has no adapter to write")
         return get_peft_model_state_dict(self.module, adapter_name=name)
 
     def lora_metadata(self) -> dict[str, Any]:

@@ -77,13 +77,12 @@ def segment_key(signal: Signal, batch: RewardBatch, over: str) -> Tensor:
     if over == "batch":
         return torch.zeros_like(signal.sample)
     if over == "group":
-        group: Tensor = batch.group_id[signal.sample]
-        return group
+        return batch.group_id[signal.sample]
     if over == "step":
         return signal.step
     if over == "group_step":
-        _, compact = torch.unique(batch.group_id[signal.sample], return_inverse=True)
-        return compact * (int(signal.step.max()) + 1 if len(signal.step) else 1) + signal.step
+        _, group = torch.unique(batch.group_id[signal.sample], return_inverse=True)
+        return group * (int(signal.step.max()) + 1 if len(signal.step) else 1) + signal.step
     raise ValueError(f"over: got {over!r}, needed 'group', 'batch', 'step' or 'group_step'")
 
 

@@ -100,8 +100,8 @@ class Signature:
         return Kind(**given)
 
     def _axis(self, axis: str) -> tuple[tuple[str, ...], str]:
-        declared = dataclasses.asdict(self)
-        takes, _, gives = str(declared[axis]).partition("->")
+        declared = {"rows": self.rows, "rewards": self.rewards, "phase": self.phase, "magnitude": self.magnitude}
+        takes, _, gives = declared[axis].partition("->")
         return tuple(word.strip() for word in takes.split("|") if word.strip()), gives.strip()
 
 
