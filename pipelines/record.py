@@ -205,7 +205,6 @@ class Probe:
 
 def run_probe(pipe: DiffusionPipeline, name: str, network: nn.Module, probe: Probe, arguments: Mapping[str, Any]) -> Probe:
     """Call the pipeline under a probe until the probe has seen enough."""
-    with installed(pipe, name, network, probe), torch.no_grad():
-        with suppress(Left):
-            pipe(**arguments)
+    with installed(pipe, name, network, probe), torch.no_grad(), suppress(Left):
+        pipe(**arguments)
     return probe

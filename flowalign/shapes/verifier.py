@@ -31,7 +31,7 @@ from flowalign.shapes.world import (
 
 EMPTY_ENERGY = 1.0  # squared difference from the background over a cell: below, nothing is there. The faintest full object has 8.
 EXPLAINED = 0.85  # share of a cell's squared difference that one shape in one colour must explain
-COLOR_DISTANCE = 0.25  # largest distance in RGB from a palette colour
+COLOR_DISTANCE = 0.2  # largest distance in RGB from a palette colour
 CLAUSES = ("count of the first", "count of the second", "colour of the first", "colour of the second", "position", "nothing else")
 _JUNK, _EMPTY = -2, -1
 _MARGIN = 0.1  # GenEval's relation: offsets below 10 % of the summed sizes do not count
