@@ -49,6 +49,7 @@ class Roles:
         module: The denoiser.
         lora: Its adapters' settings; None if all weights are trained.
         names: The roles, ``current`` first. With LoRA ``reference`` is always among them.
+        active: The role that the module acts as right now; only ``use`` changes it.
     """
 
     def __init__(self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0) -> None:
@@ -56,7 +57,7 @@ class Roles:
         self._copies: dict[str, nn.Module] = {}
         self._layers: dict[str, LoraLayer] = {}
         self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
-        self._active = CURRENT
+        self.active = CURRENT
         module.requires_grad_(lora is None)
         if self._config is not None:
             with torch.random.fork_rng(devices=[]):
@@ -127,7 +128,7 @@ class Roles:
             self._widen(name)
         self.names.append(name)
         self.blend(name, 0.0)
-        self._select(self._active)
+        self._select(self.active)
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
@@ -142,7 +143,7 @@ class Roles:
             value.copy_(source[key]) if decay == 0 else value.lerp_(source[key], 1 - decay)
 
     def _select(self, name: str) -> None:
-        self._active = name
+        self.active = name
         for layer in self._layers.values():
             layer.enable_adapters(name != REFERENCE)
             if name != REFERENCE:
@@ -161,7 +162,7 @@ class Roles:
         if self.lora is None:
             yield self.module if name == CURRENT else self._copies[name]
             return
-        before = self._active
+        before = self.active
         if name == before:
             yield self.module
             return

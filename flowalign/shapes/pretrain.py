@@ -1,8 +1,8 @@
 """Pretraining of the shapes pipeline: first the autoencoder, then the denoiser together with its text encoders.
 
 Seeded and resumable: each step's batch and noise depend on the seed and the step alone, the checkpoint holds all states, and the same
-command goes on. The learning rate is constant and the weights that are saved are an exponential average, so that a run of N steps is the
-beginning of every longer one. Only prompts of the training split are ever drawn.
+command goes on. The denoiser's learning rate is constant and then falls linearly to 0 over the last third; the weights that are
+saved are an exponential average. Only prompts of the training split are ever drawn.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class PretrainConfig:
         autoencoder_steps: Optimizer steps of the autoencoder.
         autoencoder_batch_size: Images of one of its steps.
         steps: Optimizer steps of the denoiser and the text encoders.
+        cooldown: Share of the steps, at the end, over which the learning rate falls to 0.
         batch_size: Images of one step.
         learning_rate: Peak learning rate of AdamW for the denoiser and the text encoders.
         autoencoder_learning_rate: Peak learning rate of Adam for the autoencoder, cosine to 0.
@@ -49,7 +50,8 @@ class PretrainConfig:
     seed: int = 0
     autoencoder_steps: int = 2200
     autoencoder_batch_size: int = 32
-    steps: int = 3000
+    steps: int = 4500
+    cooldown: float = 1 / 3
     batch_size: int = 64
     learning_rate: float = 1e-3
     autoencoder_learning_rate: float = 3e-3
@@ -59,6 +61,11 @@ class PretrainConfig:
     prompt_dropout: float = 0.1
     pool_size: int = 16384
     pool_steps: int = 500
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be meant."""
+        if self.steps < 1 or not 0 < self.cooldown <= 1:
+            raise ValueError(f"steps: got {self.steps}, needed at least 1; cooldown: got {self.cooldown}, needed a share in (0, 1]")
 
 
 # Shares of the six tags in a batch: relations and pairs are the hardest to learn.
@@ -273,7 +280,7 @@ def train_denoiser(
         generator = _generator(config.seed, 4, step)
         chosen = torch.randint(config.pool_size, (config.batch_size,), generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 100)
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 100, (config.steps - step) / (config.cooldown * config.steps))
         loss = _loss(pipe, latents[chosen], [texts[i] for i in chosen.tolist()], config, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -313,7 +320,7 @@ def pretrain(output: Path, config: PretrainConfig, *, threads: int = 2, evaluate
     torch.set_num_threads(threads)
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    begun, now = work / "config.json", {k: v for k, v in asdict(config).items() if k != "steps"}
+    begun, now = work / "config.json", asdict(config)
     if begun.is_file() and (before := json.loads(begun.read_text())) != now:
         changed = ", ".join(k for k in now if before.get(k) != now[k])
         raise ValueError(f"{work}: begun with another configuration (changed: {changed}); choose another --output or remove it")

@@ -62,7 +62,7 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(write_config):
     loss = built.algorithm.loss("current", rows, velocity)
     assert (loss.metrics["ratio"] - 1).abs().max() < 1e-6
     assert loss.metrics["kl/reference"].abs().max() < 1e-9
-    assert abs(float(loss.value.mean())) < 1e-5  # minus the mean advantage, which is 0 within groups
+    assert abs(float(loss.value.detach().mean())) < 1e-5  # minus the mean advantage, which is 0 within groups
     assert float(advantages.advantage.abs().max()) > 0.1
 
 
@@ -165,50 +165,57 @@ def launch(path, *overrides):
     )
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end, "the run did not get there in time"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bits_and_ctrl_c_saves(write_config):
-    path, whole = write_config("killed", steps=6), write_config("whole", steps=6)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    process = launch(whole)
+def finish(path, *overrides):
+    process = launch(path, *overrides)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     folder = run.load_config(str(path)).output
+    return load_file(folder / "weights" / "pytorch_lora_weights.safetensors"), read_log(folder / "log.jsonl")
+
+
+def test_a_run_that_is_killed_and_interrupted_resumes_to_the_same_bits(write_config):
+    path = write_config("killed", steps=100_000)  # so many that it is always in the middle
+    checkpoints = run.load_config(str(path)).output / "checkpoints"
+    done = 0
+    for during in ("a step", "a checkpoint"):
+        process = launch(path)
+        if during == "a step":
+            wait_for((checkpoints / f"step_{done + 2:06d}").is_dir, process)
+        else:
+            wait_for(lambda done=done: (checkpoints / f"step_{done + 1:06d}").is_dir() and any(checkpoints.glob("*.partial")), process)
+        process.kill()
+        process.wait()
+        reached = checkpoint.load_newest(checkpoints)[0]
+        assert reached >= done + 1
+        done = reached
     process = launch(path)
-    wait_for((folder / "checkpoints" / "step_000002").is_dir, process)
-    process.kill()
-    process.wait()
-    reached = checkpoint.load_newest(folder / "checkpoints")[0]
-    assert reached >= 2
-    process = launch(path)
-    wait_for((folder / "checkpoints" / f"step_{reached + 1:06d}").is_dir, process)
+    wait_for((checkpoints / f"step_{done + 1:06d}").is_dir, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    if process.returncode != 0:  # it may have finished its six steps before the signal came
-        assert process.returncode == 130, output
-        assert "the state is saved" in output
-        process = launch(path)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-    found, expected = (load_file(f / "weights" / "pytorch_lora_weights.safetensors") for f in (folder, folder.with_name("whole")))
-    assert same(found, expected)
-    assert [line["step"] for line in read_log(folder / "log.jsonl")] == list(range(6))
+    assert process.returncode == 130, output
+    assert "the state is saved" in output
+    steps = str(checkpoint.load_newest(checkpoints)[0] + 1)
+    weights, log = finish(path, "--steps", steps)
+    expected, unbroken = finish(write_config("whole"), "--steps", steps)
+    assert same(weights, expected)
+    assert [line["step"] for line in log] == list(range(int(steps)))
+    assert [line["metrics"] for line in log] == [line["metrics"] for line in unbroken]
 
 
-@pytest.mark.slow
 def test_two_processes_train_like_one(write_config):
     logs, weights = [], []
     for name, processes in (("one", 1), ("two", 2)):
         path = write_config(name, steps=2)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] * 0), "-m", "flowalign", "train", str(path)]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         folder = run.load_config(str(path)).output
