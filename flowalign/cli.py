@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = add(
-        "evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo"
+        "evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo/run"
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
     evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images-per-prompt", type=int, default=4, help="images of each prompt")
     evaluate.add_argument("--num-steps", type=int, default=None, help="denoising steps; default: the run's, or 10")
 
-    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo")
+    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
     sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
     sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--threads", type=int, default=2, help="CPU threads")
 
     listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
-    listing.add_argument("kind", choices=KINDS, help="what to list")
+    listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
     add("env", "print versions and devices for a bug report", "flowalign env")
     return parser
 
@@ -90,9 +90,11 @@ def _dispatch(options: argparse.Namespace) -> None:
     if options.command == "list":
         from flowalign.plugins import available
 
-        rows = available(options.kind)
-        width = max(map(len, rows), default=0)
-        print("\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items()))
+        for kind in [options.kind] if options.kind else KINDS:
+            rows = available(kind)
+            width = max(map(len, rows), default=0)
+            print(f"{kind}:")
+            print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in rows.items()))
         return
     if options.command == "env":
         from flowalign.env import table

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from flowalign.core.randomness import generator, key
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,60 @@ def draw(prompts: Sequence[Prompt], *, seed: int, step: int, num: int) -> list[P
         >>> sorted(p.text for step in (0, 1) for p in draw(few, seed=0, step=step, num=2))
         ['a', 'b', 'c', 'd']
     """
-    first = step * num
-    drawn: list[Prompt] = []
-    for position in range(first, first + num):
-        epoch, place = divmod(position, len(prompts))
-        if place == 0 or not drawn:
-            order = torch.randperm(len(prompts), generator=generator(seed, "prompt order", epoch)).tolist()
-        drawn.append(prompts[order[place]])
-    return drawn
+    return _dealt(prompts, seed, "prompt order", range(step * num, (step + 1) * num))
+
+
+def draw_by_tag(prompts: Mapping[str, Sequence[Prompt]], weights: Mapping[str, int], *, seed: int, step: int, num: int) -> list[Prompt]:
+    """Return the prompts of a step, the tags in given proportions: of ``sum(weights)`` prompts in a row each tag gets its weight exactly.
+
+    Args:
+        prompts: The prompts of each tag; every tag passes over its own without replacement.
+        weights: How often each tag comes; 0 for never.
+        seed: Seed of the run.
+        step: The step.
+        num: Prompts of a step.
+
+    Examples:
+        >>> sets = {tag: [Prompt(text=f"{tag} {i}", uid=i) for i in range(5)] for tag in ("easy", "hard")}
+        >>> drawn = [p.text.split()[0] for step in (0, 1) for p in draw_by_tag(sets, {"easy": 1, "hard": 3}, seed=0, step=step, num=4)]
+        >>> drawn.count("easy"), drawn.count("hard")
+        (2, 6)
+    """
+    deck = [tag for tag in sorted(weights) for _ in range(weights[tag])]
+    chosen: list[Prompt] = []
+    for position in range(step * num, (step + 1) * num):
+        passes, place = divmod(position, len(deck))
+        dealt = _dealt(deck, seed, "tag order", range(passes * len(deck), position + 1))
+        tag = dealt[place]
+        earlier = passes * weights[tag] + dealt[:place].count(tag)
+        chosen += _dealt(prompts[tag], seed, f"prompt order of {tag}", range(earlier, earlier + 1))
+    return chosen
+
+
+def by_tag(prompts: Sequence[Prompt], weights: Mapping[str, int]) -> dict[str, list[Prompt]]:
+    """Sort prompts by their record's "tag".
+
+    Raises:
+        ValueError: If a prompt has no tag, a tag has no weight, or a weight has no prompts.
+    """
+    sorted_prompts: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        if "tag" not in prompt.metadata:
+            raise ValueError(f"prompts.tag_weights: prompt {prompt.text!r} has no 'tag' in its record; remove tag_weights or add tags")
+        sorted_prompts.setdefault(prompt.metadata["tag"], []).append(prompt)
+    for tag in sorted(sorted_prompts.keys() ^ weights.keys()):
+        missing = "has prompts but no weight (0 leaves it out)" if tag in sorted_prompts else "is not a tag of these prompts"
+        raise ValueError(f"prompts.tag_weights: {tag!r} {missing}; the tags are {', '.join(sorted(sorted_prompts))}")
+    return sorted_prompts
+
+
+def _dealt(items: Sequence[_Item], seed: int, purpose: str, positions: range) -> list[_Item]:
+    """Return what lies at these positions of endless shuffled passes over the items."""
+    dealt: list[_Item] = []
+    order: list[int] = []
+    for position in positions:
+        epoch, place = divmod(position, len(items))
+        if place == 0 or not order:
+            order = torch.randperm(len(items), generator=generator(seed, purpose, epoch)).tolist()
+        dealt.append(items[order[place]])
+    return dealt

@@ -54,10 +54,10 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     print(f"     strict {base.scores().overall}")
     print(f"2/3  {config.steps} training steps on other prompts")
     evaluated = time.monotonic()
-    run.run_training(config, pipeline=pipeline)
+    trainer = run.run_training(config, pipeline=pipeline)
     trained = time.monotonic()
     print("3/3  the tuned model on the same prompts and noise")
-    tuned = run.score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned")
+    tuned = run.score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     moved = _drift(suite, base, tuned)
     phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
     return _finish(output, config, base, tuned, moved, phases, time.monotonic() - began)

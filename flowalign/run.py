@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -20,12 +21,13 @@ from tqdm import tqdm
 from flowalign import config as configuration
 from flowalign import data, estimators, images, shapes
 from flowalign.config import ConfigError, Plugin
+from flowalign.core.algorithm import CURRENT
 from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.train.fit import AVERAGE, TrainConfig, Trainer
+from flowalign.train.fit import TrainConfig, Trainer
 from flowalign.train.scoring import NamedReward
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,11 +41,25 @@ class PromptsConfig:
         source: "shapes", or a file: ``.txt`` with a prompt a line, ``.jsonl`` with a record a line.
         split: Of the shapes world: "train" or "heldout".
         num: How many; null for all.
+        tag_weights: How often prompts of each tag come, as whole numbers (``{position: 2, colors: 1}``); 0 leaves a tag out. Null draws
+            all prompts alike, so that a tag comes as often as it has prompts.
     """
 
     source: str = "shapes"
     split: str = "train"
     num: int | None = None
+    tag_weights: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse proportions that are none."""
+        weights = self.tag_weights
+        if weights is None:
+            return
+        for tag, weight in weights.items():
+            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 0:
+                raise ValueError(f"tag_weights: {tag}: got {weight!r}, needed a whole number of at least 0")
+        if sum(weights.values()) == 0:
+            raise ValueError("tag_weights: all are 0, needed a positive one")
 
     def load(self, seed: int) -> list[data.Prompt]:
         """Read or generate the prompts."""
@@ -51,6 +67,16 @@ class PromptsConfig:
             return data.number(shapes.prompts(self.split, seed=seed, num=self.num), "prompts")  # type: ignore[arg-type]
         prompts = data.read_prompts(Path(self.source))
         return prompts[: self.num]
+
+    def sampler(self, seed: int, num: int) -> Callable[[int], list[data.Prompt]]:
+        """Load the prompts and return the function from a step to its ``num`` prompts."""
+        prompts, weights = self.load(seed), self.tag_weights
+        if len(prompts) < num:
+            raise ConfigError(f"train.groups: a step takes {num} prompts, but there are {len(prompts)}; lower it or add prompts")
+        if weights is None:
+            return lambda step: data.draw(prompts, seed=seed, step=step, num=num)
+        tagged = data.by_tag(prompts, weights)
+        return lambda step: data.draw_by_tag(tagged, weights, seed=seed, step=step, num=num)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +185,7 @@ def claim_folder(config: RunConfig) -> bool:
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Build every part of a run."""
-    prompts = config.prompts.load(config.seed)
-    if len(prompts) < config.train.groups:
-        raise ConfigError(
-            f"train.groups: a step takes {config.train.groups} prompts, but there are {len(prompts)}; lower it or add prompts"
-        )
+    draw = config.prompts.sampler(config.seed, config.train.groups)
     rewards = [
         NamedReward(name=name, weight=entry.weight, reward=entry.reward.build(), may_skip=entry.may_skip)
         for name, entry in zip(_reward_names(config), config.rewards, strict=True)
@@ -177,7 +199,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         algorithm=config.algorithm.build(),
         estimator=estimator,
         rewards=rewards,
-        draw=lambda step: data.draw(prompts, seed=config.seed, step=step, num=config.train.groups),
+        draw=draw,
         config=config.train,
         seed=config.seed,
         folder=config.output,
@@ -192,6 +214,7 @@ def _reward_names(config: RunConfig) -> list[str]:
 
 def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Train and save the weights into ``output/weights``."""
+    _check_trackers(config.train.trackers)
     accelerator = Accelerator(log_with=list(config.train.trackers) or None, project_dir=str(config.output))
     # Built first: a mistake in the configuration must not claim a folder.
     trainer = build_trainer(config, accelerator, pipeline=pipeline)
@@ -199,16 +222,31 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         claim_folder(config)
     accelerator.wait_for_everyone()
     if config.train.trackers:
-        accelerator.init_trackers("flowalign")
+        accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
     if config.train.sample_every:
         trainer.after_step = _sample_grids(config, accelerator)
     trainer.fit(config.steps)
     if accelerator.is_main_process:
-        role = AVERAGE if config.train.ema_decay is not None else "current"
-        trainer.pipeline.save(config.output / "weights", role)  # type: ignore[attr-defined]
+        trainer.pipeline.save(config.output / "weights", trainer.result)  # type: ignore[attr-defined]
         print(f"weights: {config.output / 'weights'}")
     accelerator.end_training()
     return trainer
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that accelerate would leave out without a word."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train.trackers: {name} is not installed; pip install 'flowalign-diffusion[{name}]', or remove it")
+
+
+def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Lay a configuration out as dotted keys with plain values, which is all that trackers take."""
+    if isinstance(value, dict):
+        return {
+            key: item for name, inner in value.items() for key, item in _settings(inner, f"{prefix}.{name}" if prefix else name).items()
+        }
+    return {prefix: value if isinstance(value, int | float | str | bool) else str(value)}
 
 
 def _sample_grids(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], Tensor], None]:
@@ -230,28 +268,31 @@ def train(name: str, overrides: Sequence[str] = ()) -> None:
 # -- evaluate and sample --------------------------------------------------------------------------------------------------------
 
 
-def generator_of(pipeline: FlowPipeline, num_steps: int) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
-    """Return what a suite calls for images: the pipeline's ODE from noise keyed by (noise id, k)."""
+def generator_of(pipeline: FlowPipeline, num_steps: int, role: str = CURRENT) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
+    """Return what a suite calls for images: the ODE of a role of the pipeline from noise keyed by (noise id, k)."""
 
     def generate(prompts: list[str], seeds: list[tuple[int, int]]) -> Tensor:
         ids, numbers = (torch.tensor(column) for column in zip(*seeds, strict=True))
         x_init = normal(pipeline.event_shape, seed=0, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
         cond = pipeline.encode(prompts)
-        done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init)
+        done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init, role=role)
         return pipeline.decode(done.x0)
 
     return generate
 
 
-def score_model(pipeline: FlowPipeline, chosen: Any, *, num_steps: int, seed: int, title: str, batch_size: int = 128) -> Evaluation:
-    """Run a suite on a pipeline's current weights, with a progress bar."""
+def score_model(
+    pipeline: FlowPipeline, chosen: Any, *, num_steps: int, seed: int, title: str, role: str = CURRENT, batch_size: int = 128
+) -> Evaluation:
+    """Run a suite on a role of a pipeline, with a progress bar."""
     with tqdm(desc=f"evaluate {title}", leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return run_suite(chosen, generator_of(pipeline, num_steps), batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
+        generate = generator_of(pipeline, num_steps, role)
+        return run_suite(chosen, generate, batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
 
 
 def pipeline_of(model: str, lora: Path | None, *, num_steps: int | None = None) -> FlowPipeline:

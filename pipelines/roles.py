@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ class Roles:
             self._copies[name] = copy.deepcopy(self.module).requires_grad_(False)
         else:
             # The fork keeps torch's global generator out of it: these first weights are overwritten at once.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
                 self.module.add_adapter(self._config, adapter_name=name)
             self._widen(name)
         self.names.append(name)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -97,7 +97,7 @@ class TrainConfig:
     checkpoint_every: int = 1
     keep_checkpoints: int = 2
     sample_every: int = 0
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that cannot be meant."""
@@ -167,6 +167,11 @@ class Trainer:
         self.clock = Clock()
         self._last_finite = "none yet"
         self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
+
+    @property
+    def result(self) -> str:
+        """The role that the run is for: the average of the weights where there is one."""
+        return CURRENT if self.config.ema_decay is None else AVERAGE
 
     # -- collect ----------------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import pytest
 
 from flowalign import config, data, plugins
 from flowalign.config import ConfigError, Plugin, decode, encode, override
+from flowalign.run import PromptsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,39 @@ def test_prompts_are_drawn_in_passes_that_any_step_can_be_entered_at(num):
         assert len(set(flat[start : start + 10])) == 10
     assert data.draw(prompts, seed=1, step=7, num=num) == drawn[7]
     assert flat[:10] != flat[10:20]
+
+
+def tagged(**sizes):
+    return data.number([{"prompt": f"{tag} {i}", "tag": tag} for tag, size in sizes.items() for i in range(size)], "here")
+
+
+@pytest.mark.parametrize("num", [1, 4, 5, 12])
+def test_tags_come_in_their_proportions_whatever_number_of_prompts_they_have(num):
+    weights = {"few": 1, "many": 3, "left": 2, "none": 0}
+    sets = data.by_tag(tagged(few=2, many=50, left=4, none=3), weights)
+    drawn = [data.draw_by_tag(sets, weights, seed=1, step=step, num=num) for step in range(60 // num)]
+    assert data.draw_by_tag(sets, weights, seed=1, step=3, num=num) == drawn[3]
+    flat = [prompt.text for step in drawn for prompt in step]
+    for start in range(0, 60, 6):
+        tags = [text.split()[0] for text in flat[start : start + 6]]
+        assert [tags.count(tag) for tag in ("few", "many", "left", "none")] == [1, 3, 2, 0]
+    few, many = ([text for text in flat if text.startswith(tag)] for tag in ("few", "many"))
+    assert all(few[i] != few[i + 1] for i in range(0, 10, 2))  # passes without replacement
+    assert len(set(many)) == len(many) == 30
+    assert flat[:12] != flat[12:24]
+
+
+def test_proportions_that_do_not_fit_the_prompts_are_refused():
+    prompts = tagged(a=2, b=1)
+    with pytest.raises(ValueError, match="'b' has prompts but no weight"):
+        data.by_tag(prompts, {"a": 1})
+    with pytest.raises(ValueError, match="'c' is not a tag of these prompts; the tags are a, b"):
+        data.by_tag(prompts, {"a": 1, "b": 1, "c": 1})
+    with pytest.raises(ValueError, match="prompt 'x' has no 'tag'"):
+        data.by_tag([*prompts, *data.number([{"prompt": "x"}], "here")], {"a": 1, "b": 1})
+    for weights, message in (({"a": -1}, "a: got -1"), ({"a": 0.5}, "a: got 0.5"), ({"a": 0}, "all are 0")):
+        with pytest.raises(ValueError, match=message):
+            PromptsConfig(tag_weights=weights)
 
 
 def flowalign(*arguments):

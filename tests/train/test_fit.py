@@ -308,3 +308,38 @@ def test_a_run_writes_its_log_samples_and_resolved_configuration(write_config):
     again = run.load_config(str(folder / "config.yaml"))
     assert again == replace(run.load_config(str(path)), train=again.train)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["images"] == 8
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_gets_every_step(write_config, tmp_path, monkeypatch, tracker):
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    logged = []
+    honest = Accelerator.log
+    monkeypatch.setattr(
+        Accelerator, "log", lambda self, values, step=None, **k: logged.append((step, values)) or honest(self, values, step=step, **k)
+    )
+    path = write_config(steps=2)
+    _, log = train(path, "--train.trackers", f"[{tracker}]")
+    assert [step for step, _ in logged] == [0, 1]
+    assert [values["reward/shapes"] for _, values in logged] == [line["reward"]["shapes"] for line in log]
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        files = [file.parent for file in run.load_config(str(path)).output.rglob("events.out.tfevents.*")]
+        written = [EventAccumulator(str(folder)).Reload() for folder in set(files)]
+        points = [event for events in written if "reward/shapes" in events.Tags()["scalars"] for event in events.Scalars("reward/shapes")]
+        assert [(event.step, event.value) for event in points] == [
+            (i, pytest.approx(line["reward"]["shapes"])) for i, line in enumerate(log)
+        ]
+
+
+def test_a_tracker_that_is_not_there_is_refused_and_not_left_out(write_config, monkeypatch):
+    with pytest.raises(ValueError, match=r"train.trackers\[0\]: got 'tensorbord'.*did you mean 'tensorboard'"):
+        train(write_config(), "--train.trackers", "[tensorbord]")
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb is not installed; pip install 'flowalign-diffusion\[wandb\]'"):
+        train(write_config(), "--train.trackers", "[wandb]")
