@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = add(
-        "evaluate", "score a model on a suite with 95 %% intervals, alone or against another", "flowalign evaluate shapes --lora runs/demo/run"
+        "evaluate",
+        "score a model on a suite with 95 %% intervals, alone or against another",
+        "flowalign evaluate shapes --lora runs/demo/run",
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
     evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
