@@ -12,7 +12,7 @@ from flowalign.run import load_config
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
-    line.split("  #")[0].replace("accelerate launch -m ", "").replace("uv run ", "").strip()
+    re.sub(r"^.*?(?=flowalign )", "", line.split("  #")[0]).strip()
     for kind, block in BLOCKS
     if kind == ""
     for line in block.splitlines()
