@@ -11,6 +11,13 @@ from pathlib import Path
 KINDS = ("pipelines", "rewards", "algorithms", "estimators")
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, needed at least 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowalign",
@@ -25,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=what,
-            description=what[0].upper() + what[1:] + ".",
+            description=what[0].upper() + what[1:].replace("%%", "%") + ".",
             epilog=f"Example: {example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
@@ -38,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
-    demo.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores, at most 8")
+    demo.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
 
     train = add(
         "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
@@ -59,9 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
     evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    evaluate.add_argument("--num-prompts", type=int, default=300, help="number of prompts, the tags in equal shares as far as they go")
-    evaluate.add_argument("--images-per-prompt", type=int, default=4, help="images of each prompt")
-    evaluate.add_argument("--num-steps", type=int, default=None, help="denoising steps; default: the run's, or 10")
+    evaluate.add_argument(
+        "--num-prompts", type=_positive, default=300, help="number of prompts, the tags in equal shares as far as they go"
+    )
+    evaluate.add_argument("--images-per-prompt", type=_positive, default=4, help="images of each prompt")
+    evaluate.add_argument(
+        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
+    )
 
     sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
     sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
@@ -69,8 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
     sample.add_argument("--output", type=Path, default=Path("samples.png"), help="PNG file")
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    sample.add_argument("--num-images", type=int, default=4, help="images of each prompt")
-    sample.add_argument("--num-steps", type=int, default=None, help="denoising steps; default: the run's, or 10")
+    sample.add_argument("--num-images", type=_positive, default=4, help="images of each prompt")
+    sample.add_argument(
+        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
+    )
 
     world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
     actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -79,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
     pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
-    pretrain.add_argument("--steps", type=int, default=None, help="steps of the denoiser; default: as shipped")
-    pretrain.add_argument("--threads", type=int, default=2, help="CPU threads")
+    pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
+    pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
 
     listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
     listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
@@ -148,10 +161,11 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
     options = _parser().parse_args(arguments)
+    sys.path.append(os.getcwd())  # so that `type: my_package.my_reward` finds a module of the folder one works in
     try:
         _dispatch(options)
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,10 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     return result
 
 
+# YAML 1.1 reads 1e-4 as a string; people mean the number.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -245,7 +250,10 @@ def override(data: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         at: Any = result
         for key in path:
             at = _descend(at, key, flag)
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.load(text, Loader=_UniqueKeys)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{flag}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from error
         if isinstance(at, list):
             at[_index(at, last, flag)] = value
         else:

@@ -53,7 +53,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl (a record a line), not {path.suffix!r}")
     records = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    # Split as bytes: str.splitlines would also break at separators that are legal inside a JSON string.
+    for line_number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {line_number}: not UTF-8 (byte {raw[error.start]:#x} at position {error.start}); save it as UTF-8"
+            ) from None
         if line.strip():
             records.append({"prompt": line.strip()} if path.suffix == ".txt" else _record(line, f"{path}, line {line_number}"))
     return number(records, str(path))

@@ -6,9 +6,8 @@ import importlib.util
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.train.fit import TrainConfig, Trainer
+from flowalign.train.journal import write_atomically
 from flowalign.train.scoring import NamedReward
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -51,7 +51,9 @@ class PromptsConfig:
     tag_weights: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse proportions that are none."""
+        """Refuse numbers and proportions that are none."""
+        if self.num is not None and self.num < 1:
+            raise ValueError(f"num: got {self.num}, needed at least 1, or null for all")
         weights = self.tag_weights
         if weights is None:
             return
@@ -179,7 +181,9 @@ def claim_folder(config: RunConfig) -> bool:
             )
     existed = path.is_file()
     config.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(encoded, sort_keys=False))
+    text = yaml.safe_dump(encoded, sort_keys=False)
+    if not existed or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
     return existed
 
 
@@ -190,9 +194,12 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         NamedReward(name=name, weight=entry.weight, reward=entry.reward.build(), may_skip=entry.may_skip)
         for name, entry in zip(_reward_names(config), config.rewards, strict=True)
     ]
-    weights = tuple(entry.weight for entry in config.rewards)
-    plain = isinstance(config.advantage, list) or len(weights) == 1
-    estimator = estimators.from_config(config.advantage, **({} if plain else {"reward_weights": weights}))
+    estimator = _estimator(config.advantage, [entry.weight for entry in config.rewards])
+    minibatches = getattr(config.algorithm, "num_minibatches", 1)
+    if minibatches > config.train.groups:
+        raise ConfigError(
+            f"algorithm.num_minibatches: {minibatches} minibatches of whole groups need as many train.groups, got {config.train.groups}"
+        )
     built = pipeline or config.pipeline.build(device=accelerator.device, seed=config.seed)
     return Trainer(
         pipeline=built,
@@ -207,6 +214,42 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     )
 
 
+def _estimator(spec: Any, weights: list[float]) -> Any:
+    """Build the estimator, its options checked like every other part of the configuration."""
+    if isinstance(spec, str):
+        spec = {"type": spec}
+    if isinstance(spec, list):
+        if any(weight != 1 for weight in weights):
+            raise ConfigError("rewards: weights have no meaning beside a list of stages; give them to its combine_rewards stage")
+        try:
+            return estimators.from_config(spec)
+        except TypeError as error:
+            raise ConfigError(f"advantage: {error}") from error
+    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+        raise ConfigError(f"advantage: needs a recipe's name, a mapping with a 'type' or a list of stages, got {spec!r}")
+    made = estimators.config(spec["type"])
+    options = {key: value for key, value in spec.items() if key != "type"}
+    if "reward_weights" in {field.name for field in fields(made)}:
+        options.setdefault("reward_weights", weights)
+    elif any(weight != 1 for weight in weights):
+        raise ConfigError(f"rewards: recipe {spec['type']!r} takes no weights; leave them at 1 or choose another recipe")
+    return configuration.decode(made, options, "advantage").build()
+
+
+def _accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
+    """Make the accelerator with what the configuration says, whatever a stored accelerate configuration says of numerics."""
+    trackers: Any = list(config.train.trackers) or None
+    accelerator = Accelerator(
+        mixed_precision="no", gradient_accumulation_steps=1, log_with=trackers, project_dir=str(config.output), cpu=cpu
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "accelerate's own gradient accumulation is switched on (ACCELERATE_GRADIENT_ACCUMULATION_STEPS); unset it and use "
+            "train.micro_batch_size, which changes nothing beyond rounding"
+        )
+    return accelerator
+
+
 def _reward_names(config: RunConfig) -> list[str]:
     names = [type(entry.reward).__module__.rpartition(".")[2] for entry in config.rewards]
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
@@ -215,7 +258,7 @@ def _reward_names(config: RunConfig) -> list[str]:
 def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Train and save the weights into ``output/weights``."""
     _check_trackers(config.train.trackers)
-    accelerator = Accelerator(log_with=list(config.train.trackers) or None, project_dir=str(config.output))
+    accelerator = _accelerator(config, cpu=pipeline is not None and pipeline.device.type == "cpu")
     # Built first: a mistake in the configuration must not claim a folder.
     trainer = build_trainer(config, accelerator, pipeline=pipeline)
     if accelerator.is_main_process:
@@ -295,33 +338,43 @@ def score_model(
         return run_suite(chosen, generate, batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
 
 
+def settings_of(model: str, lora: Path | None) -> Any:
+    """Return how to build a model for evaluation: as the run did that trained it or its LoRA, else with the family's defaults.
+
+    Args:
+        model: Folder, hub id or "shapes"; the ``weights`` of a run that trained all weights bring the run's settings.
+        lora: A run folder, its ``weights`` folder, or a LoRA file.
+    """
+    from flowalign.pipelines import lora_files, sd3
+    from flowalign.pipelines.roles import LoRA
+
+    places = [Path(model).parent] if lora is None else [lora, lora.parent]
+    run = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    # The shipped pipeline is evaluated as its own configuration runs it.
+    run = find_config("shapes_awm") if run is None and model == "shapes" else run
+    settings = sd3.Config(model=model) if run is None else load_config(str(run)).pipeline
+    if lora is None:
+        return replace(settings, model=model, lora=None)
+    rank, alpha, targets = lora_files.settings(_weights(lora))
+    return replace(settings, model=model, lora=LoRA(rank=rank, alpha=alpha, targets=targets))
+
+
+def _weights(lora: Path) -> Path:
+    return lora / "weights" if (lora / "weights").is_dir() else lora
+
+
 def pipeline_of(model: str, lora: Path | None, *, num_steps: int | None = None) -> FlowPipeline:
-    """Load a model for evaluation, with the settings of the run that trained its LoRA where there is one.
+    """Load a model for evaluation; see ``settings_of``.
 
     Args:
         model: Folder, hub id or "shapes".
         lora: A run folder, its ``weights`` folder, or a LoRA file.
-        num_steps: Denoising steps; None for the run's, or 10.
+        num_steps: Denoising steps; None for those of the settings.
     """
-    from dataclasses import replace
-
-    from flowalign.pipelines import lora_files, sd3
-    from flowalign.pipelines.roles import LoRA
-
-    settings = sd3.Config(model=model, max_sequence_length=16 if model == "shapes" else 256)
+    settings = settings_of(model, lora)
+    built = replace(settings, num_steps=num_steps or settings.num_steps).build(device=Accelerator().device)
     if lora is not None:
-        weights = lora / "weights" if (lora / "weights").is_dir() else lora
-        run = next((p for p in (lora / "config.yaml", lora.parent / "config.yaml") if p.is_file()), None)
-        if run is not None:
-            settings = replace(load_config(str(run)).pipeline, model=model)
-        rank, alpha, targets = lora_files.settings(weights)
-        settings = replace(settings, lora=LoRA(rank=rank, alpha=alpha, targets=targets))
-    else:
-        settings = replace(settings, lora=None)
-    settings = replace(settings, num_steps=num_steps or settings.num_steps)
-    built = settings.build(device=Accelerator().device)
-    if lora is not None:
-        built.load_lora(weights)
+        built.load_lora(_weights(lora))
     return built
 
 
@@ -339,15 +392,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``."""
     chosen = suite(suite_name, num_prompts=num_prompts, images_per_prompt=images_per_prompt)
-    if lora is not None and against is None:
-        against = model
-    evaluated = pipeline_of(model, lora, num_steps=num_steps)
+    settings = settings_of(model, lora)
+    settings = replace(settings, num_steps=num_steps or settings.num_steps)
+    evaluated = settings.build(device=Accelerator().device)
+    if lora is not None:
+        evaluated.load_lora(_weights(lora))
     tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
     result: dict[str, Any] = tuned.summary()
     base = None
     if against is not None:
-        other = pipeline_of(against, None, num_steps=evaluated.num_steps)
+        # The same settings: a comparison is of weights, not of guidance or sizes.
+        other = replace(settings, model=against, lora=None).build(device=evaluated.device)
         base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
+    elif lora is not None:
+        base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role="reference")
+    if base is not None:
         differences = {measure: found.as_dict() for measure, found in compare(base, tuned).items()}
         result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
     for measure in ("strict", "graded"):
@@ -358,6 +417,7 @@ def evaluate(
         tuned.write(output / "records.jsonl")
         if base is not None:
             base.write(output / "records_base.jsonl")
+        result["settings"] = configuration.encode(settings)
         (output / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"\nwritten: {output}")
     return result
@@ -390,8 +450,3 @@ def sample(
 def command_line() -> str:
     """Return the command that is running, for reports."""
     return shlex.join(["flowalign", *sys.argv[1:]])
-
-
-def seconds_since(began: float) -> float:
-    """Return the seconds since a ``time.monotonic()``."""
-    return time.monotonic() - began

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
 from flowalign.pipelines import lora_files
-from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, split, stack
+from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, split, stack
 from flowalign.pipelines.record import Probe, installed, run_probe
 from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
 from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
@@ -142,7 +142,7 @@ class FlowPipeline:
                     leaf
                     for specs, call in zip(layout, calls, strict=True)
                     for name, spec in specs.items()
-                    for leaf in split(name, spec, call.arguments[name], 1)
+                    for leaf in moved(tuple(split(name, spec, call.arguments[name], 1)), "cpu")  # a GPU is too small for thousands
                 )
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)

@@ -165,7 +165,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """Move to a device."""
-        return Conditioning(layout=self.layout, leaves=_moved(self.leaves, device), index=self.index.to(device))
+        return Conditioning(layout=self.layout, leaves=moved(self.leaves, device), index=self.index.to(device))
 
     def arguments(self) -> list[dict[str, Any]]:
         """Build the arguments of each denoiser call, as the pipeline passes them."""
@@ -199,7 +199,7 @@ def stack(layout: Layout, rows: Sequence[tuple[Leaf, ...]], index: Tensor) -> Co
     """
     device = index.device
     leaves = tuple(_concatenated(parts) for parts in zip(*rows, strict=True))
-    return Conditioning(layout=layout, leaves=_moved(leaves, device), index=index)
+    return Conditioning(layout=layout, leaves=moved(leaves, device), index=index)
 
 
 def _concatenated(parts: Sequence[Leaf]) -> Leaf:
@@ -208,7 +208,8 @@ def _concatenated(parts: Sequence[Leaf]) -> Leaf:
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
-def _moved(leaves: tuple[Leaf, ...], device: torch.device | str) -> tuple[Leaf, ...]:
+def moved(leaves: tuple[Leaf, ...], device: torch.device | str) -> tuple[Leaf, ...]:
+    """Move leaves to a device."""
     return tuple(leaf.to(device) if isinstance(leaf, Tensor) else [tuple(t.to(device) for t in row) for row in leaf] for leaf in leaves)
 
 

@@ -32,7 +32,8 @@ SLOW = "ema"
 class Config:
     """Advantage weighted matching (Xue et al., 2025); the defaults are the released code's form.
 
-    The paper's form is ``weighting: uniform, reference_penalty: 0.4, slow_penalty: 0, levels: uniform, num_levels: 4``.
+    The paper's form is ``weighting: uniform, advantage_max: 5 (as advantage_clip, so that advantages are not scaled), reference_penalty: 0.4,
+    slow_penalty: 0, levels: uniform, num_levels: 4``.
 
     Attributes:
         weighting: Weight of the matching error: "ghuber" (released code, p = 0.25), "uniform" (paper), "sigma", "sigma_squared" or "huber".
@@ -78,8 +79,10 @@ class Config:
             raise ValueError(f"num_levels: got {self.num_levels}, needed at least 1")
         if min(self.reference_penalty, self.slow_penalty, self.noise_level) < 0:
             raise ValueError("reference_penalty, slow_penalty and noise_level must not be negative")
-        if self.advantage_clip <= 0 or self.advantage_max <= 0:
-            raise ValueError("advantage_clip and advantage_max must be positive")
+        if self.advantage_clip <= 0 or self.advantage_max <= 0 or self.level_shift <= 0:
+            raise ValueError("advantage_clip, advantage_max and level_shift must be positive")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: got {self.clip}, needed a positive number, or null for no ratio")
         if self.num_epochs < 1 or self.num_minibatches < 1:
             raise ValueError("num_epochs and num_minibatches must be at least 1")
         if not 0 < self.level_fraction <= 1 or not 0 <= self.lowest_level < 1:

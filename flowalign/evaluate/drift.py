@@ -75,9 +75,9 @@ COLUMNS = ("Measure", "Base", "Tuned", "Real images", "How to read it")
 
 
 def _thousandfold(interval: Interval) -> str:
-    values = (interval.mean, interval.low, interval.high)
-    mean, low, high = (f"{1000 * (value or 0.0):.2f}" for value in values)
-    return f"{mean} [{low}, {high}]"
+    if interval.low is None or interval.high is None:
+        return f"{1000 * interval.mean:.2f} [no interval]"
+    return f"{1000 * interval.mean:.2f} [{1000 * interval.low:.2f}, {1000 * interval.high:.2f}]"
 
 
 def measure_drift(base: Tensor, tuned: Tensor, reference: Tensor, control: Tensor, prompt_id: Sequence[int], *, seed: int = 0) -> Drift:

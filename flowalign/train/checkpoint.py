@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,11 +109,13 @@ def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) ->
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: the checkpoint could not be written ({error}); the previous one is untouched") from error
-    for old in sorted(folder.glob("step_*[0-9]"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    present = sorted(folder.glob("step_*[0-9]"))
+    # Later ones are broken, or this run would have gone on from them.
+    for stale in [path for path in present if path > final] + [path for path in present if path <= final][:-keep]:
+        shutil.rmtree(stale, ignore_errors=True)
     return final
 
 

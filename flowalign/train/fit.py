@@ -69,7 +69,7 @@ class TrainConfig:
 
     Attributes:
         groups: Prompts of a step; each is the group of its samples.
-        group_size: Samples of a prompt.
+        group_size: Samples of a prompt; a multiple of the number of processes, which share each group equally.
         rollout_batch_size: Samples of one call of the pipeline, on each device.
         micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
         learning_rate: Of AdamW, constant after the warm-up.
@@ -217,6 +217,8 @@ class Trainer:
         """Join the rewards of all ranks, sorted by id: nothing that is compared may be rank-local."""
 
         def gathered(values: Tensor) -> Tensor:
+            if self.accelerator.num_processes == 1:
+                return values.cpu()  # not through the device: some have no float64
             everyone: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
             return everyone.cpu()
 
@@ -274,8 +276,9 @@ class Trainer:
 
     def _mean_over_ranks(self, sums: Mapping[str, Tensor], num_rows: int) -> dict[str, float]:
         names = sorted(sums)
-        means = torch.stack([sums[name].double() / num_rows for name in names])
-        means = self.accelerator.reduce(means, "mean")
+        means = torch.stack([sums[name].cpu().double() / num_rows for name in names])
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means.to(self.accelerator.device), "mean")
         return dict(zip(names, means.tolist(), strict=True))
 
     def _check_finite(self, player: str, step: int, loss: float, norm: float) -> None:
@@ -333,6 +336,13 @@ class Trainer:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.state = state["estimator"]
 
+    def _anywhere(self, flag: bool) -> bool:
+        """Tell whether the flag is set on any rank: all must leave together."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        count = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return bool(count > 0)
+
     def fit(self, steps: int) -> None:
         """Train up to ``steps`` steps in all, resuming from the run folder's newest whole checkpoint.
 
@@ -349,19 +359,21 @@ class Trainer:
         journal = Journal(self.folder / "log.jsonl", start=start, steps=steps, show=main) if main else None
         try:
             with _stop_requests() as stop:
+                self.clock.take()
                 for step in range(start, steps):
-                    self.clock.take()
                     line = self.step(step)
-                    due = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == steps or stop.is_set()
-                    with self.clock.phase("checkpoint"):
-                        if main and due:
-                            checkpoint.save(self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints)
+                    stopping = self._anywhere(stop.is_set())
                     line["time_s"] = self.clock.take()
+                    # The log first: a line without its checkpoint is dropped on resuming, a checkpoint without its line would lose it.
                     if journal is not None:
                         journal.write(line)
                     if self.accelerator.trackers:
                         self.accelerator.log(_flat(line), step=step)
-                    if stop.is_set():
+                    due = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == steps or stopping
+                    with self.clock.phase("checkpoint"):  # counted to the next step
+                        if main and due:
+                            checkpoint.save(self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints)
+                    if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
         finally:
             if journal is not None:

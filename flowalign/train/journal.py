@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a kill at any moment leaves the old one or the new one whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 class Clock:
@@ -44,7 +55,7 @@ class Journal:
 
     def __init__(self, path: Path, *, start: int, steps: int, show: bool) -> None:
         kept = [line for line in _whole_lines(path) if line["step"] < start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
         self._bar = tqdm(total=steps, initial=start, desc="train", disable=not show)
 
