@@ -192,7 +192,7 @@ def test_a_run_that_is_killed_and_interrupted_resumes_to_the_same_bits(write_con
         else:
             wait_for(lambda done=done: (checkpoints / f"step_{done + 1:06d}").is_dir() and any(checkpoints.glob("*.partial")), process)
         process.kill()
-        process.wait()
+        process.communicate()
         reached = checkpoint.load_newest(checkpoints)[0]
         assert reached >= done + 1
         done = reached
@@ -340,6 +340,7 @@ def test_a_tracker_gets_every_step(write_config, tmp_path, monkeypatch, tracker)
 def test_a_tracker_that_is_not_there_is_refused_and_not_left_out(write_config, monkeypatch):
     with pytest.raises(ValueError, match=r"train.trackers\[0\]: got 'tensorbord'.*did you mean 'tensorboard'"):
         train(write_config(), "--train.trackers", "[tensorbord]")
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    honest = run.importlib.util.find_spec
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else honest(name, *rest))
     with pytest.raises(ValueError, match=r"wandb is not installed; pip install 'flowalign-diffusion\[wandb\]'"):
         train(write_config(), "--train.trackers", "[wandb]")
