@@ -1,0 +1,1 @@
+"""What happens to a reward before it is compared with others."""
