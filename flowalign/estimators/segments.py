@@ -132,7 +132,53 @@ def segment_medians(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"])
     return (ordered.gather(0, low) + ordered.gather(0, high)) / 2
 
 
+def segment_pairs(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """List every ordered pair of different rows that share a key.
+
+    The list is as long as the groups are wide, so a ragged batch costs the sum of the squares of its groups and no padding.
+
+    Args:
+        key: Rows with equal keys form a segment.
+
+    Returns:
+        Left and right row of each pair, by increasing left row and then right row.
+
+    Examples:
+        >>> left, right = segment_pairs(torch.tensor([5, 8, 5]))
+        >>> left.tolist(), right.tolist()
+        ([0, 2], [2, 0])
+    """
+    index, num = _compact(key)
+    by_segment = torch.argsort(index, stable=True)
+    size = torch.bincount(index, minlength=num)
+    start = size.cumsum(0) - size
+    mates = size[index]
+    left = torch.arange(len(key), device=key.device).repeat_interleave(mates)
+    place = torch.arange(len(left), device=key.device) - (mates.cumsum(0) - mates)[left]
+    right = by_segment[start[index][left] + place]
+    return left[left != right], right[left != right]
+
+
+def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
+    """Return the first row of each segment, in increasing order of the row.
+
+    Sums over segments that go in this order do not depend on the values of the keys, to the last bit.
+
+    Examples:
+        >>> segment_starts(torch.tensor([9, 9, 4, 9, 4])).tolist()
+        [0, 2]
+    """
+    index, num = _compact(key)
+    row = torch.arange(len(key), device=key.device)
+    return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
+
+
 def _compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
+    """Number the keys from 0 in increasing order; small ones by counting, which needs no sorting."""
+    if key.numel() and int(key.min()) >= 0 and int(key.max()) < 4 * key.numel():
+        present = torch.bincount(key) > 0
+        index = present.cumsum(0) - 1
+        return (key if bool(present.all()) else index[key]), int(index[-1]) + 1
     unique, index = torch.unique(key, return_inverse=True)
     return index, unique.numel()
 
