@@ -16,7 +16,8 @@ def broadcast_steps() -> Stage:
         steps = batch.num_steps
         spread = {
             name: value.repeat_interleave(steps, 0)
-            for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight))
+            for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight), ("target", signal.target))
+            if value is not None
         }
         step = torch.arange(steps).repeat(len(signal.sample))
         return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
