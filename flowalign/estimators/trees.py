@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure
+from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.forest import Tree
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_tree
-from flowalign.estimators.segments import RTOL
+from flowalign.estimators.scale import divisor
+from flowalign.estimators.segments import RTOL, segment_stats
 
 Average = Literal["children", "leaves", "softmax"]
 Share = Literal["mean", "sqrt", "each"]
@@ -203,5 +204,26 @@ def _scored(signal: Signal, num: int) -> Tensor:
     return scored
 
 
-STAGES = (node_values, subtract_parent, add_gain, edges_to_steps, share_steps)
+def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
+    """Normalise the rewards over the samples of the prompt, and over those of each tree, and add the two.
+
+    Args:
+        ddof: Delta degrees of freedom of both standard deviations.
+        eps: Added to both.
+    """
+
+    def apply(signal: Signal, batch: RewardBatch) -> Signal:
+        total = torch.zeros_like(signal.x)
+        for over in ("group", "tree"):
+            stats = segment_stats(signal.x, segment_key(signal, batch, over))
+            by = stats.rows(divisor(stats.variance(ddof=ddof), eps=eps, rule="add"))
+            flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
+            total = total + torch.where(flat, 0.0, (signal.x - stats.rows(stats.mean)) / by)
+        return replace(signal, x=total, raw=None)
+
+    name = f"compare_in_groups_and_trees(ddof={ddof}, eps={eps:g})"
+    return pure(name, Signature(rows="sample", phase="reward -> scaled"), apply)
+
+
+STAGES = (node_values, subtract_parent, add_gain, edges_to_steps, share_steps, compare_in_groups_and_trees)
 """For ``stages.STAGES``."""
