@@ -182,7 +182,7 @@ def center_by_running_mean(*, decay: float = 0.9, min_count: float = 4.0) -> Sta
         min_count: Number of remembered samples from which the own mean is used.
 
     References:
-        Black et al., "Training Diffusion Models with Reinforcement Learning", 2023, https://arxiv.org/abs/2305.13301, appendix D: per-prompt
+        Black et al., "Training Diffusion Models with Reinforcement Learning", 2023, https://arxiv.org/abs/2305.13301: per-prompt
         statistics. Deviation: exponentially forgotten moments instead of a queue.
     """
     if not 0 <= decay <= 1:

@@ -9,6 +9,7 @@ import torch
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.needs import need_column
 from flowalign.estimators.scale import Rule, divisor, quotient
 from flowalign.estimators.segments import segment_medians, segment_stats
 
@@ -112,5 +113,32 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
     return pure(f"target_ratio({low:g}, {high:g}, temperature={temperature:g}, ddof={ddof}, eps={eps:g})", signature, apply)
 
 
-STAGES: Sequence[Callable[..., Stage]] = (clip, renormalise, sign, keep_side, to_probability, target_ratio)
+def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, variant: Literal["vl", "llm"] = "vl", metric: int = 0) -> Stage:
+    """Multiply by ``damping`` the groups in which the largest metric of the passes does not exceed the mean metric of the failures.
+
+    Args:
+        damping: Factor of the damped groups.
+        threshold: A sample passes above this reward.
+        variant: Without passes "vl" keeps 1 and "llm" damps; without failures it is the other way round.
+        metric: Column of ``RewardBatch.metric``.
+    """
+    if variant not in ("vl", "llm"):
+        raise ValueError(f"variant: got {variant!r}, needed 'vl' or 'llm'")
+
+    def apply(signal: Signal, batch: RewardBatch) -> Signal:
+        value = need_column(batch, "metric", metric, "damp_unless_elaborate")[signal.sample, None]
+        raw = signal.x if signal.raw is None else signal.raw
+        key = segment_key(signal, batch, "group")
+        passed = segment_stats(torch.where(raw > threshold, value, torch.nan), key)
+        failed = segment_stats(torch.where(raw <= threshold, value, torch.nan), key)
+        elaborate = passed.maximum > torch.nan_to_num(failed.mean)
+        none_passed, none_failed = passed.count == 0, failed.count == 0
+        keep = torch.where(none_failed, variant == "llm", torch.where(none_passed, variant == "vl", elaborate))
+        return replace(signal, x=signal.x * passed.rows(torch.where(keep, 1.0, damping)))
+
+    name = f"damp_unless_elaborate({damping:g}, threshold={threshold:g}, variant={variant}, metric={metric})"
+    return pure(name, Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="-> chosen"), apply)
+
+
+STAGES: Sequence[Callable[..., Stage]] = (clip, renormalise, sign, keep_side, to_probability, target_ratio, damp_unless_elaborate)
 """For ``stages.STAGES``."""

@@ -49,8 +49,8 @@ def link(divergence: str, log_ratio: Tensor, *, alpha: float = 0.5) -> Tensor:
         ValueError: If the name is unknown, or alpha is not inside (0, 1).
 
     References:
-        Wang et al., "Beyond Reverse KL", 2023, https://arxiv.org/abs/2309.16240, table 1; Go et al., "f-DPG", 2023,
-        https://arxiv.org/abs/2302.08215, table 1 (total variation, chi-square). Deviation: TRL's option is 1 - alpha.
+        Wang et al., "Beyond Reverse KL", 2023, https://arxiv.org/abs/2309.16240; Go et al., "f-DPG", 2023,
+        https://arxiv.org/abs/2302.08215 (total variation, chi-square). Deviation: TRL's option is 1 - alpha.
 
     Examples:
         >>> link("forward_kl", torch.tensor([0.5, 1.0, 2.0]).log())

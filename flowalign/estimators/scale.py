@@ -87,6 +87,19 @@ def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: floa
     return pure(f"scale_with_virtual({value:g}, num={num}, ddof={ddof}, eps={eps:g})", _SIGNATURE, apply)
 
 
+def scale_by_contrast() -> Stage:
+    """Multiply by the share's inverse of the samples whose group has any contrast, so that flat groups do not shrink the mean gradient."""
+
+    def apply(signal: Signal, batch: RewardBatch) -> Signal:
+        stats = segment_stats(signal.x if signal.raw is None else signal.raw, segment_key(signal, batch, "group"))
+        known = ~torch.isnan(signal.x)
+        lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
+        factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
+        return replace(signal, x=signal.x * factor).note(contrast=float((1 / factor.clamp(min=1)).mean()))
+
+    return pure("scale_by_contrast", Signature(phase="centred -> scaled"), apply)
+
+
 def beta_shape(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Turn mean and variance of the pass rates over the prompts into the two parameters of BNPO's Beta density.
 
@@ -150,5 +163,5 @@ def _beta_density(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return torch.exp(log_norm + torch.special.xlogy(alpha - 1, x) + torch.special.xlogy(beta - 1, 1 - x))
 
 
-STAGES: Sequence[Callable[..., Stage]] = (scale_by_std, scale_by_constant, scale_with_virtual, scale_by_beta_density)
+STAGES: Sequence[Callable[..., Stage]] = (scale_by_std, scale_by_constant, scale_with_virtual, scale_by_contrast, scale_by_beta_density)
 """For ``stages.STAGES``."""
