@@ -15,7 +15,7 @@ from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.forest import Tree
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_tree
-from flowalign.estimators.scale import divisor
+from flowalign.estimators.scale import divisor, quotient
 from flowalign.estimators.segments import RTOL, segment_stats
 
 Average = Literal["children", "leaves", "softmax"]
@@ -138,6 +138,27 @@ def add_gain(*, divide: Literal["sqrt_leaves", "none"] = "sqrt_leaves") -> Stage
     return pure(f"add_gain(divide={divide})", Signature(rows="node", phase="centred"), apply)
 
 
+def scale_edges(*, ddof: int, eps: float) -> Stage:
+    """Divide by the standard deviation over all edges of the batch that change anything.
+
+    Each edge counts as often as it owns steps, however many samples share it. Its mean stays, so that 0 stays 0.
+
+    Args:
+        ddof: Delta degrees of freedom.
+        eps: Added to the standard deviation.
+    """
+
+    def apply(signal: Signal, batch: RewardBatch) -> Signal:
+        tree = need_tree(batch, "scale_edges")
+        counted = (signal.x[:, 0] != 0) & ~torch.isnan(signal.x[:, 0])
+        values = signal.x[counted].repeat_interleave((tree.edge_end - tree.edge_start)[counted], 0)
+        by = divisor(segment_stats(values, torch.zeros(len(values), dtype=torch.int64)).variance(ddof=ddof), eps=eps, rule="add")
+        return replace(signal, x=quotient(signal.x, by)) if len(values) else signal
+
+    signature = Signature(rows="node", rewards="one", phase="centred -> scaled", magnitude="free")
+    return pure(f"scale_edges(ddof={ddof}, eps={eps:g})", signature, apply)
+
+
 def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "train") -> Stage:
     """Pay each edge's advantage to the steps that the edge owns, in every sample below it.
 
@@ -225,5 +246,5 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
     return pure(name, Signature(rows="sample", phase="reward -> scaled"), apply)
 
 
-STAGES = (node_values, subtract_parent, add_gain, edges_to_steps, share_steps, compare_in_groups_and_trees)
+STAGES = (node_values, subtract_parent, add_gain, scale_edges, edges_to_steps, share_steps, compare_in_groups_and_trees)
 """For ``stages.STAGES``."""
