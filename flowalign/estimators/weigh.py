@@ -62,7 +62,7 @@ def pass_rates(batch: RewardBatch, *, reward: int, stage: str, threshold: float 
     return stats.rows(stats.mean)[:, 0]
 
 
-def keep_pass_rates(bands: Sequence[tuple[float, float]], *, reward: int = 0, threshold: float = 1.0) -> Stage:
+def keep_pass_rates(bands: Sequence[Sequence[float]], *, reward: int = 0, threshold: float = 1.0) -> Stage:
     """Keep the groups whose pass rate lies in one of the bands, ends included.
 
     Args:
