@@ -54,6 +54,8 @@ class RewardBatch:
                 f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]"
             )
         num = len(self.rewards)
+        if num == 0:
+            raise ValueError("rewards: got no samples; gather the samples of all ranks before they are compared")
         for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
             self._convert(name, torch.float64, num)
         for name in ("group_id", "sample_uid", "anchor_id"):

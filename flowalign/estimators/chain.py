@@ -136,6 +136,13 @@ _SEGMENTS: Mapping[str, Callable[[Signal, RewardBatch], Tensor]] = {
 }
 
 
+def scored_samples(signal: Signal, batch: RewardBatch) -> Tensor:
+    """Tell which samples have been scored so far: ``[batch]`` bool, False where any row of the sample is NaN."""
+    scored = torch.ones(len(batch.rewards), dtype=torch.bool)
+    scored[signal.sample[torch.isnan(signal.x[:, 0])]] = False
+    return scored
+
+
 @dataclass(frozen=True)
 class Estimator:
     """A checked chain of stages: ``init() -> state`` and ``update(batch, state) -> (advantages, state)``.
@@ -206,9 +213,7 @@ def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
 def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
     """Lay the rows out as ``[batch, T]`` in the caller's order; what could not be scored or is masked is 0."""
     num, steps = len(batch.rewards), batch.num_steps
-    scored = ~torch.isnan(signal.x[:, 0])
-    keep = signal.keep.clone()
-    keep[signal.sample[~scored]] = False
+    keep = signal.keep & scored_samples(signal, batch)
     usable = keep[signal.sample]
     if batch.step_mask is not None:
         usable = usable & batch.step_mask[signal.sample, signal.step]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure
+from flowalign.estimators.chain import Signal, Stage, State, pure, scored_samples
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_column
 from flowalign.estimators.segments import SegmentStats, segment_stats
@@ -21,8 +21,8 @@ from flowalign.estimators.segments import SegmentStats, segment_stats
 Curve = Literal["inverse", "linear", "exponential"]
 
 
-def novelty(batch: RewardBatch, metric: int, stage: str) -> tuple[Tensor, SegmentStats]:
-    """Read the samples' novelty and the groups' diversity, its mean over each group.
+def novelty(signal: Signal, batch: RewardBatch, metric: int, stage: str) -> tuple[Tensor, SegmentStats]:
+    """Read the samples' novelty and the groups' diversity, its mean over the samples of each group that were scored.
 
     Raises:
         ValueError: If it is missing or negative.
@@ -33,6 +33,7 @@ def novelty(batch: RewardBatch, metric: int, stage: str) -> tuple[Tensor, Segmen
         raise ValueError(
             f"{stage}: metric[{row}, {metric}] is {values[row].item():g}; novelty is a mean distance and cannot be negative (choose its column)"
         )
+    values = torch.where(scored_samples(signal, batch), values, torch.nan)
     return values, segment_stats(values[:, None], batch.group)
 
 
@@ -81,7 +82,7 @@ def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metri
         raise ValueError(f"strength: got {strength}, needed at least 0, and below 1 for linear and exponential curves")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        values, stats = novelty(batch, metric, "weigh_by_diversity")
+        values, stats = novelty(signal, batch, metric, "weigh_by_diversity")
         diversity = stats.rows(stats.mean)[:, 0]
         relative = torch.where(diversity > 0, (values - diversity) / torch.where(diversity > 0, diversity, 1.0), 0.0)
         relative = torch.where(torch.isnan(values), torch.nan, relative)
@@ -122,7 +123,7 @@ def keep_diversity_in_band(
         raise ValueError(f"band: got {low} to {high}, needed 0 <= low <= 1 <= high")
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
-        values, stats = novelty(batch, metric, "keep_diversity_in_band")
+        values, stats = novelty(signal, batch, metric, "keep_diversity_in_band")
         known = stats.mean[~torch.isnan(stats.mean)]
         groups, total = int(state["groups"]) + len(known), float(state["total"]) + float(known.sum())
         usual = total / groups if groups else 0.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key
+from flowalign.estimators.chain import Signal, Stage, pure, scored_samples, segment_key
 from flowalign.estimators.forest import Tree
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_tree
@@ -213,16 +213,10 @@ def share_steps(share: Share = "mean") -> Stage:
         tree = need_tree(batch, "share_steps")
         sample, step, node = step_owners(tree, batch)
         weight = torch.zeros(len(batch.rewards), batch.num_steps, dtype=torch.float64)
-        weight[sample, step] = edge_shares(tree, signal.keep & _scored(signal, len(batch.rewards)), share)[node]
+        weight[sample, step] = edge_shares(tree, signal.keep & scored_samples(signal, batch), share)[node]
         return replace(signal, weight=signal.weight * weight[signal.sample, signal.step])
 
     return pure(f"share_steps({share})", Signature(rows="step", rewards="one"), apply)
-
-
-def _scored(signal: Signal, num: int) -> Tensor:
-    scored = torch.ones(num, dtype=torch.bool)
-    scored[signal.sample[torch.isnan(signal.x[:, 0])]] = False
-    return scored
 
 
 def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:

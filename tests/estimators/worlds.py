@@ -95,6 +95,8 @@ def world(seed, rewards=None, groups=None, num_rewards=1, steps=STEPS, mask=Fals
         "anchor_id": 2**60 + groups[:, None] * 1000 + torch.arange(steps) * 10 + cell,
         "baseline": rewards[mates(rewards, groups, generator)],
         "tree": random_tree(groups, generator, steps),
+        "clauses": (torch.rand(num, 4, generator=generator) < 0.5).double(),
+        "clauses_valid": (torch.arange(4) < 2 + groups[:, None] % 3),
     }
     trained = torch.rand(num, steps, generator=generator) < 0.7
     if mask:

@@ -31,7 +31,7 @@ class Config:
     """
 
     claims: ClassVar[Claims] = Claims(
-        shift=True, shift_per_group=True, scale=True, zero_mean=True, monotone=False, local=True, zero_when_flat=True, needs=("tree",)
+        shift=True, shift_per_group=True, scale=True, zero_mean=False, monotone=False, local=True, zero_when_flat=True, needs=("tree",)
     )
     reward_weights: tuple[float, ...] | None = None
     average: Average = "leaves"
