@@ -13,10 +13,10 @@ from flowalign.estimators.trees import Average, Share, edges_to_steps, node_valu
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """``A(edge) = (V - mean_depth) / (std_depth + eps)``, over the nodes of a prompt that are equally deep; V the mean over the leaves below.
+    """``A(edge) = (V - mean_depth) / (std_depth + eps)``, over a prompt's nodes of equal depth; V the mean over the leaves below.
 
     References:
-        Li et al., "BranchGRPO", 2025, https://arxiv.org/abs/2509.06040, section 3.3; ddof 1 and eps 1e-8 as in its released code.
+        Li et al., "BranchGRPO", 2025, https://arxiv.org/abs/2509.06040: depth-wise advantages; ddof 1 and eps 1e-8 as in its released code.
         The paper fuses rewards by path probability: ``average="softmax"``, with mean log-probs (of summed ones the softmax is an argmax).
         Deviations: flat depths are found by their range (the code: std below 1e-6). Pruning is a ``step_mask`` or a tree without the edge.
         An edge above n samples is trained once (``share``).

@@ -17,7 +17,7 @@ class Config:
     """``A`` of ``grpo`` on ``r + strength * side * (novelty - diversity) / usual``; side 1 below the band, -1 above, 0 inside.
 
     References:
-        Xu et al., "EPO", 2025, https://arxiv.org/abs/2509.22576, section 3: entropy kept within bounds around its history.
+        Xu et al., "EPO", 2025, https://arxiv.org/abs/2509.22576: entropy kept within bounds around its history.
         Deviations: a sampler of fixed variance has an entropy without gradient (and the released penalty has none either), so diversity
         takes its place, and the penalty enters as a reward: the first-order effect of each sample on its group's diversity. The history
         includes the current step, so the first step is treated like all others.

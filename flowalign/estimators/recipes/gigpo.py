@@ -13,7 +13,8 @@ class Config:
     """``A_t = (r - mean_group) + weight * (R_t - mean of R over the steps from the same state)``, ``R_t = sum of discount**k * r_(t + k)``.
 
     References:
-        Feng et al., "Group-in-Group Policy Optimization", 2025, https://arxiv.org/abs/2505.10978, equations 4 to 9, without std (its default).
+        Feng et al., "Group-in-Group Policy Optimization", 2025, https://arxiv.org/abs/2505.10978, in its default form
+        without std.
         Deviations: a sample counts once in the mean of its group (the released code counts rows, so long episodes count more). Without
         ``step_rewards`` the final reward is discounted. States are the same where ``anchor_id`` says so: common initial noise, common
         prefix or branch point; similar latents are not, and would bias the baseline. Where no state is shared this is ``dr_grpo``.

@@ -18,7 +18,7 @@ class Config:
     References:
         Shao et al., "DeepSeekMath", 2024, https://arxiv.org/abs/2402.03300, section 4.1.3.
         Deviation: ddof 0 and eps 1e-4 as in ``grpo``. The size grows with the number of steps that follow; ``divide="remaining"`` undoes
-        that. A group of one compares its own steps. ``step_rewards`` holds a reward for each trained step; the samples' own rewards are only logged.
+        that. A group of one compares its own steps. ``step_rewards`` holds a reward for each trained step; those of samples are only logged.
 
     Attributes:
         reward_weights: One weight for each reward; None for 1 each.

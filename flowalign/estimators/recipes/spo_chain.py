@@ -14,7 +14,7 @@ class Config:
     """``A_t = (V(x_(t + 1)) - V(x_t)) / (std_batch + eps)``; the last step leads to the final reward.
 
     References:
-        Guo et al., "Segment Policy Optimization", 2025, https://arxiv.org/abs/2505.23564, section 4.2.
+        Guo et al., "Segment Policy Optimization", 2025, https://arxiv.org/abs/2505.23564: chain-based advantages.
         Deviations: ``step_rewards`` holds ``V``, the reward of a deterministic completion from the state that a step starts from, or the
         mean over several; NaN between cut points, and then the segment is credited as a whole. The released code whitens over the
         batch; here differences are divided by the batch std but their mean stays, so that flat samples keep 0. In place of the

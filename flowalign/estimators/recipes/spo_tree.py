@@ -13,10 +13,10 @@ from flowalign.estimators.trees import Share, edges_to_steps, node_values, scale
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """``A(edge) = V(child) - V(parent)``, V the mean over the children; optionally over the std of the siblings; over the std of the batch.
+    """``A(edge) = V(child) - V(parent)``, V the mean over the children; over the std of the batch's edges, or of the siblings, or over nothing.
 
     References:
-        Guo et al., "Segment Policy Optimization", 2025, https://arxiv.org/abs/2505.23564, section 4.3.
+        Guo et al., "Segment Policy Optimization", 2025, https://arxiv.org/abs/2505.23564: tree-based advantages.
         Deviations: what the released code calls "rloo" subtracts the parent's value, which contains the child, and is ``scale="none"`` or
         ``"batch"`` here (leave-one-out is ``tree_rpo`` with ``baseline="others"``); its "grpo" is ``scale="siblings"``. Edges of advantage 0
         are left out, as there (its prover term has the sign of the advantage, so it drops the same ones). Divided by the std over the

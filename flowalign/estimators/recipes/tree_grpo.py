@@ -15,7 +15,7 @@ class Config:
     """``A = (r - mean_group) / (std_group + eps) + (r - mean_tree) / (std_tree + eps)``.
 
     References:
-        Ji et al., "Tree Search for LLM Agent Reinforcement Learning", 2025, https://arxiv.org/abs/2509.21240, equations 6 to 8; ddof 1 and
+        Ji et al., "Tree Search for LLM Agent Reinforcement Learning", 2025, https://arxiv.org/abs/2509.21240: intra-tree plus inter-tree; ddof 1 and
         eps 1e-6 as in its released code. A tree is what has one root; a prompt should have several, or both terms are the same.
         Deviations: a tree of one sample adds 0 (the code: its raw reward). Steps that n samples share weigh 1 / n each (``share``).
 

@@ -15,7 +15,7 @@ class Config:
     """``A(edge) = (V + (V - V(parent))) / sqrt(leaves below)``, V the mean over the leaves of ``r - mean of the prompt's other leaves``.
 
     References:
-        Hou et al., "TreeRL", 2025, https://arxiv.org/abs/2506.11902, section 3.3.
+        Hou et al., "TreeRL", 2025, https://arxiv.org/abs/2506.11902: global plus local advantage, reweighted.
         Deviations: the paper's form, as summaries quote it. The released code divides values by the root before it takes the difference, and
         subtracts a mean weighted by token counts, which has no counterpart where edges own steps. Copies of a shared edge all count
         (``share="each"``), because the root of the number of leaves is already in the advantage.

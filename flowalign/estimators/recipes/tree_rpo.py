@@ -16,7 +16,7 @@ class Config:
     """``A(edge) = (V - mean of siblings) / (std of siblings + eps)``, V the mean over the children.
 
     References:
-        Yang et al., "TreeRPO", 2025, https://arxiv.org/abs/2506.05183, section 3. Deviation: ddof 0 and eps 1e-4 as in ``grpo``, because the
+        Yang et al., "TreeRPO", 2025, https://arxiv.org/abs/2506.05183. Deviation: ddof 0 and eps 1e-4 as in ``grpo``, because the
         rule of the paper's std could not be confirmed. An edge above n samples is trained once (``share``).
         Pan et al., "d-TreeRPO", 2025, https://arxiv.org/abs/2512.09675: ``baseline="others"``, value minus the mean of the other siblings,
         no std. Deviation: a node without siblings gets 0, not its value.
