@@ -162,8 +162,8 @@ def center_across_halves(
         low_mean, high_mean = (stats.rows(torch.nan_to_num(mean)) for mean in means)
         own, other = torch.where(high, high_mean, low_mean), torch.where(high, low_mean, high_mean)
         is_discounted = high if discounted == "high" else ~high
-        ours, theirs = torch.where(is_discounted, discount, 1.0), torch.where(is_discounted, 1.0, discount)
-        deviation = inter * (ours * signal.x - theirs * other) + (1 - inter) * (signal.x - own)
+        across = torch.where(is_discounted, discount * signal.x - other, signal.x - discount * other)
+        deviation = inter * across + (1 - inter) * (signal.x - own)
         return _compare(signal, stats, deviation)
 
     extra = "" if discount == 1 else f", discount={discount:g} on {discounted}"

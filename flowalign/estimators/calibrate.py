@@ -134,7 +134,7 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         elaborate = passed.maximum > torch.nan_to_num(failed.mean)
         none_passed, none_failed = passed.count == 0, failed.count == 0
         keep = torch.where(none_failed, variant == "llm", torch.where(none_passed, variant == "vl", elaborate))
-        return replace(signal, x=signal.x * passed.rows(torch.where(keep, 1.0, damping)))
+        return replace(signal, x=torch.where(passed.rows(keep), signal.x, damping * signal.x))
 
     name = f"damp_unless_elaborate({damping:g}, threshold={threshold:g}, variant={variant}, metric={metric})"
     return pure(name, Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="-> chosen"), apply)

@@ -91,7 +91,7 @@ def best_against_worst(*, margin: float = 0.0) -> Stage:
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         pairs = select_pairs(signal.x[:, 0], batch.group_id[signal.sample], batch.sample_uid[signal.sample], margin=margin)
-        x = torch.where(torch.isnan(signal.x), torch.nan, 0.0)
+        x = torch.where(torch.isnan(signal.x), signal.x, 0.0)
         x[pairs.winner], x[pairs.loser] = 1.0, -1.0
         return replace(signal, x=x, raw=signal.x).note(pairs=float(len(pairs.gap)))
 
