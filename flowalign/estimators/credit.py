@@ -11,6 +11,7 @@ from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.combine import choose_weights
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.links import link
 from flowalign.estimators.needs import need
 from flowalign.estimators.segments import RTOL, segment_stats
 
@@ -62,6 +63,27 @@ def take_step_rewards() -> Stage:
         return to_steps(signal, batch, need(batch, "step_rewards", "take_step_rewards"))
 
     return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply)
+
+
+def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: float = 0.5) -> Stage:
+    """Turn log ratios of the steps, log teacher - log policy, into rewards: ``-beta f'(u)`` with ``u = policy / teacher``.
+
+    With ``reverse_kl`` that is beta times the log ratio, less a constant: what a teacher's preference for a transition is worth.
+
+    Args:
+        divergence: Which ``f'``, see ``links.link``.
+        beta: Size of the rewards.
+        alpha: Of the alpha-divergence.
+
+    References:
+        ADPA (advantage distillation of a preference-aligned teacher), for ``reverse_kl``; f-DPG, https://arxiv.org/abs/2302.08215, for the others.
+    """
+    link(divergence, torch.zeros(1), alpha=alpha)  # refuse a wrong name when the chain is built
+
+    def apply(signal: Signal, batch: RewardBatch) -> Signal:
+        return replace(signal, x=-beta * link(divergence, -signal.x, alpha=alpha))
+
+    return pure(f"link_steps({divergence}, beta={beta:g})", Signature(rows="step", phase="reward"), apply)
 
 
 def reward_to_go(*, discount: float = 1.0, divide: Literal["none", "remaining"] = "none") -> Stage:
@@ -189,5 +211,5 @@ def subtract_critic(reward_weights: Sequence[float] | None = None) -> Stage:
     return pure("subtract_critic", _COMPARED_STEPS, apply)
 
 
-STAGES = (broadcast_steps, take_step_rewards, reward_to_go, two_level_anchors, chain_differences, subtract_critic)
+STAGES = (broadcast_steps, take_step_rewards, link_steps, reward_to_go, two_level_anchors, chain_differences, subtract_critic)
 """For ``stages.STAGES``."""

@@ -12,7 +12,7 @@ from flowalign.estimators import RewardBatch, config, estimate, recipe
 from flowalign.estimators.baseline import center
 from flowalign.estimators.chain import chain
 from flowalign.estimators.combine import combine_rewards
-from flowalign.estimators.credit import broadcast_steps, chain_differences, reward_to_go, subtract_critic, take_step_rewards
+from flowalign.estimators.credit import broadcast_steps, chain_differences, link_steps, reward_to_go, subtract_critic, take_step_rewards
 from flowalign.estimators.diversity import anneal, diversity_curve, keep_diversity_in_band
 from flowalign.estimators.turning import balance_turning_points, find_turning_points, turning_points
 from flowalign.estimators.weigh import difficulty_weight, keep_contrast, keep_pass_rates, weigh_by_difficulty, weigh_steps_by_spread
@@ -394,6 +394,21 @@ def test_returns_are_discounted_over_trained_steps_only():
     found = run(batch, take_step_rewards(), combine_rewards(), reward_to_go(discount=0.5), center("batch")).advantage
     returns = torch.tensor([[1.5, 0.0, 1.0], [1.75, 1.5, 1.0]])
     assert torch.allclose(found, torch.where(mask, returns - returns[mask].mean(), 0.0))
+
+
+def test_a_teacher_s_log_ratios_are_linked_step_by_step():
+    ratio = torch.tensor([[0.5, -1.0], [0.0, 2.0]], dtype=torch.float64)
+    batch = make([0, 0], steps=ratio)
+
+    def linked(divergence):
+        return run(batch, take_step_rewards(), combine_rewards(), link_steps(divergence, beta=0.5), center("step")).advantage.double()
+
+    for divergence, reward in {
+        "reverse_kl": 0.5 * ratio,
+        "forward_kl": 0.5 * ratio.exp(),
+        "jensen_shannon": 0.5 * torch.nn.functional.softplus(ratio),
+    }.items():
+        assert torch.allclose(linked(divergence), reward - reward.mean(0), atol=1e-6)
 
 
 def test_several_rewards_are_combined_step_by_step_as_they_are_per_sample():
