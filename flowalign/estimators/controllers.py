@@ -39,7 +39,7 @@ def hypervolume(points: Tensor, reference: Tensor) -> float:
         return _area(above)
     if above.shape[1] > 3:
         top = above.amax(0)
-        draws = torch.quasirandom.SobolEngine(above.shape[1]).draw(_NUM_POINTS, dtype=torch.float64) * top  # type: ignore[no-untyped-call]
+        draws = torch.quasirandom.SobolEngine(above.shape[1]).draw(_NUM_POINTS, dtype=torch.float64) * top
         return float((draws[:, None] <= above[None]).all(2).any(1).double().mean() * top.prod())
     above = above[torch.argsort(above[:, 2], descending=True)]
     heights = torch.cat([above[:, 2], above.new_zeros(1)])

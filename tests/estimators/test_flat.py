@@ -187,12 +187,6 @@ def test_output_is_finite_float32_whatever_is_missing(name):
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_an_empty_batch_gives_an_empty_answer(name):
-    result = run(name, take(example(name, 0), torch.zeros(0, dtype=torch.int64)))
-    assert result.advantage.shape[0] == 0
-
-
-@pytest.mark.parametrize("name", FLAT)
 def test_state_written_and_read_back_gives_the_same_next_step(name, tmp_path):
     estimator = recipe(name, **OPTIONS.get(name, {}))
     _, state = estimator.update(example(name, 0), estimator.init())
