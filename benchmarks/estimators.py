@@ -27,7 +27,7 @@ from flowalign.estimators import RewardBatch, Tree, config, names, recipe
 
 SAMPLES, REWARDS, STEPS, GROUP = 1024, 8, 50, 16
 BRANCHES = (4, 2, 2)  # children at each depth: 16 leaves a prompt
-FIXED = {"trust_grpo": 2}  # recipes whose columns mean something
+FIXED = {"trust_grpo": 2, "verpo": 1}  # recipes whose columns have a meaning
 
 
 def forest(groups: int) -> Tree:
@@ -74,7 +74,7 @@ def tables() -> dict[str, Any]:
     return {
         "group_id": group,
         "sample_uid": torch.arange(SAMPLES),
-        "metric": uniform[:, 0, :2] + 0.01,
+        "metric": 0.01 + 0.99 * uniform[:, 0, :2],
         "log_prob": -uniform[..., 0],
         "step_rewards": uniform,
         "anchor_id": tree.parent[owner] * STEPS + step,
