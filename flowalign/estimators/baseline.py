@@ -191,12 +191,10 @@ def center_by_running_mean(*, decay: float = 0.9, min_count: float = 4.0) -> Sta
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         group = batch.group_id[signal.sample]
         now = segment_stats(signal.x, group)
-        ids = torch.unique(group)
-        rewards = signal.x.shape[1]
-        known = state["id"]
+        ids, known, rewards = torch.unique(group), state["id"], signal.x.shape[1]
         count, mean = state["count"].reshape(-1, rewards), state["mean"].reshape(-1, rewards)
         every = torch.unique(torch.cat([known, ids]))
-        old_count, old_mean = torch.zeros(len(every), rewards, dtype=torch.float64), torch.zeros(len(every), rewards, dtype=torch.float64)
+        old_count, old_mean = torch.zeros(2, len(every), rewards, dtype=torch.float64)
         here = torch.searchsorted(every, known)
         old_count[here], old_mean[here] = count, mean
         place = torch.searchsorted(every, ids)

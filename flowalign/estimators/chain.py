@@ -214,15 +214,17 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
     """Lay the rows out as ``[batch, T]`` in the caller's order; what could not be scored or is masked is 0."""
     num, steps = len(batch.rewards), batch.num_steps
     keep = signal.keep & scored_samples(signal, batch)
-    usable = keep[signal.sample]
-    if batch.step_mask is not None:
-        usable = usable & batch.step_mask[signal.sample, signal.step]
+    usable = keep[:, None] if batch.step_mask is None else keep[:, None] & batch.step_mask
+    place = signal.sample * steps + signal.step  # one flat index is several times faster than a pair of them
+    complete = len(place) == num * steps and torch.equal(place, torch.arange(num * steps))
+    in_order = torch.equal(back, torch.arange(num))
 
     def table(values: Tensor, default: float) -> Tensor:
-        laid_out = torch.full((num, steps), default, dtype=torch.float64)
-        laid_out[signal.sample, signal.step] = torch.where(usable, values, default)
         # float32 is what the losses work in; all statistics before this line are float64.
-        return laid_out.float()[back]
+        rows = values.float()
+        laid_out = rows if complete else torch.full((num * steps,), default).index_copy(0, place, rows)
+        laid_out = torch.where(usable, laid_out.view(num, steps), default)
+        return laid_out if in_order else laid_out[back]
 
     advantage = table(torch.nan_to_num(signal.x[:, 0]), 0.0)
     stats = {**signal.stats, "kept": float(keep.double().mean()) if num else 0.0, "size": float(advantage.abs().mean()) if num else 0.0}

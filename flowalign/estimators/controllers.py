@@ -139,8 +139,7 @@ def combine_by_gradients(weights: Sequence[float] | None = None, *, rate: float 
         fits = len(state["weights"]) == int(used.sum())
         current = state["weights"] if fits else start[used] / start[used].sum()
         x = signal.x[:, used]
-        unknown = torch.isnan(x)
-        filled = torch.nan_to_num(x)
+        unknown, filled = torch.isnan(x), torch.nan_to_num(x)
         gram = state["gram"] if len(state["gram"]) == len(current) else filled.T @ filled / max(len(x), 1)
         total = (filled * current).sum(1, keepdim=True) * len(current)
         total = torch.where(unknown.all(1, keepdim=True), torch.nan, total)

@@ -60,11 +60,8 @@ def select_pairs(
     x, key = rewards.to(torch.float64)[order][:, None], group_id[order]
     stats = segment_stats(x, key)
     if rule == "best_worst":
-        # The first of equal values on either side: ranks upwards of the value and of its negative.
-        rank_down = segment_ranks(-x, key)[:, 0]
-        rank_up = segment_ranks(x, key)[:, 0]
-        starts = segment_starts(stats.index)
-        winner, loser = (_row_of_rank_zero(rank, stats.index)[stats.index[starts]] for rank in (rank_down, rank_up))
+        groups = stats.index[segment_starts(stats.index)]
+        winner, loser = (_row_of_rank_zero(segment_ranks(values, key)[:, 0], stats.index)[groups] for values in (-x, x))
     elif rule == "all":
         winner, loser = segment_pairs(key)
     else:
