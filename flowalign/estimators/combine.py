@@ -27,6 +27,18 @@ def choose_weights(weights: Sequence[float] | None, num: int) -> Tensor:
     return torch.tensor(list(weights), dtype=torch.float64)
 
 
+def weighted_sum(table: Tensor, weights: Tensor) -> Tensor:
+    """Add up the last axis by weight; what has weight 0 is only logged and may be NaN.
+
+    Column by column: a matrix product may round a row differently in a batch of another size.
+    """
+    total = torch.zeros(table.shape[:-1], dtype=torch.float64)
+    for column, weight in enumerate(weights.tolist()):
+        if weight != 0:
+            total = total.add(table[..., column], alpha=weight)
+    return total
+
+
 def combine_rewards(weights: Sequence[float] | None = None) -> Stage:
     """Add the rewards up, weighted, before anything is compared.
 
@@ -38,8 +50,7 @@ def combine_rewards(weights: Sequence[float] | None = None) -> Stage:
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         chosen = choose_weights(weights, signal.x.shape[1])
-        used = chosen != 0  # a reward of weight 0 is only logged
-        return replace(signal, x=(signal.x[:, used] * chosen[used]).sum(1, keepdim=True))
+        return replace(signal, x=weighted_sum(signal.x, chosen)[:, None])
 
     return pure(_named("combine_rewards", weights), Signature(rewards="several -> one", phase="reward"), apply)
 

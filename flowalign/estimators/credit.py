@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.chain import Signal, Stage, pure, segment_key
-from flowalign.estimators.combine import choose_weights
+from flowalign.estimators.combine import choose_weights, weighted_sum
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.links import link
 from flowalign.estimators.needs import need
@@ -24,21 +24,29 @@ def broadcast_steps() -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         steps = batch.num_steps
         spread = {
-            name: value.repeat_interleave(steps, 0)
+            name: _spread(value, steps)
             for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight), ("target", signal.target))
             if value is not None
         }
-        step = torch.arange(steps).repeat(len(signal.sample))
+        step = torch.arange(steps).expand(len(signal.sample), -1).reshape(-1)
         return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
 
     return pure("broadcast_steps", Signature(rows="sample -> step", rewards="one"), apply)
 
 
+def _spread(value: Tensor, steps: int) -> Tensor:
+    """Repeat each row; several times faster than ``repeat_interleave``."""
+    return value[:, None].expand(-1, steps, *value.shape[1:]).reshape(-1, *value.shape[1:])
+
+
 def trained_steps(batch: RewardBatch) -> tuple[Tensor, Tensor]:
     """List sample and step of every trained step, ordered by sample, then step."""
     num, steps = len(batch.rewards), batch.num_steps
-    place = torch.arange(num * steps) if batch.step_mask is None else batch.step_mask.flatten().nonzero()[:, 0]
-    return place // steps, place % steps
+    sample, step = _spread(torch.arange(num), steps), torch.arange(steps).expand(num, -1).reshape(-1)
+    if batch.step_mask is None:
+        return sample, step
+    trained = batch.step_mask.flatten().nonzero()[:, 0]
+    return sample[trained], step[trained]
 
 
 def to_steps(signal: Signal, batch: RewardBatch, table: Tensor) -> Signal:
@@ -51,9 +59,7 @@ def to_steps(signal: Signal, batch: RewardBatch, table: Tensor) -> Signal:
 
 def _combined(table: Tensor, weights: Sequence[float] | None) -> Tensor:
     """Add up the last axis as ``combine_rewards`` does; a reward of weight 0 is not looked at."""
-    chosen = choose_weights(weights, table.shape[-1])
-    used = chosen != 0
-    return (table if bool(used.all()) else table[..., used]) @ chosen[used]
+    return weighted_sum(table, choose_weights(weights, table.shape[-1]))
 
 
 def take_step_rewards() -> Stage:

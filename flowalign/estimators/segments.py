@@ -6,6 +6,7 @@ Everything is float64 and summed in row order, so equal rows in an equal order g
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,7 +46,7 @@ class SegmentStats:
 
     def rows(self, per_segment: Tensor) -> Tensor:
         """Spread one value per segment over the rows of the segment."""
-        return per_segment[self.index]
+        return per_segment.index_select(0, self.index)  # several times faster than indexing
 
 
 def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> SegmentStats:
@@ -69,16 +70,18 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
     index, num = _compact(key)
     known = ~torch.isnan(x)
     filled = torch.where(known, x, 0.0)
-    zero = x.new_zeros(num, x.shape[1])
-    count = zero.index_add(0, index, known.to(x.dtype))
-    mean = zero.index_add(0, index, filled) / count
+    complete = bool(known.all())
+    filled = x if complete else torch.where(known, x, 0.0)
+    size = torch.bincount(index, minlength=num)[:, None].to(x.dtype)
+    count = size.expand(num, x.shape[1]) if complete else _sums(known.to(x.dtype), index, num)
+    mean = _sums(filled, index, num) / count
     # Two passes with Bjorck's correction: a naive sum of squares loses the std of 1e4 +- 1e-3 rewards.
-    deviation = torch.where(known, x - mean[index], 0.0)
-    drift = zero.index_add(0, index, deviation)
-    m2 = zero.index_add(0, index, deviation.square()) - drift.square() / count.clamp(min=1)
-    column = index[:, None].expand_as(x)
-    low = torch.full_like(zero, torch.inf).scatter_reduce(0, column, torch.where(known, x, torch.inf), "amin")
-    high = torch.full_like(zero, -torch.inf).scatter_reduce(0, column, torch.where(known, x, -torch.inf), "amax")
+    deviation = filled - mean.index_select(0, index)
+    deviation = deviation if complete else torch.where(known, deviation, 0.0)
+    drift = _sums(deviation, index, num)
+    m2 = _sums(deviation.square(), index, num) - drift.square() / count.clamp(min=1)
+    low = _extremes(x if complete else torch.where(known, x, torch.inf), index, size, "min")
+    high = _extremes(x if complete else torch.where(known, x, -torch.inf), index, size, "max")
     return SegmentStats(index=index, count=count, mean=mean, m2=m2.clamp(min=0), minimum=low, maximum=high)
 
 
@@ -171,6 +174,21 @@ def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
     index, num = _compact(key)
     row = torch.arange(len(key), device=key.device)
     return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
+
+
+def _sums(x: Tensor, index: Tensor, num: int) -> Tensor:
+    """Add up each segment in the order of its rows; a single column by counting, which is faster."""
+    if x.shape[1] == 1:
+        return torch.bincount(index, weights=x[:, 0], minlength=num)[:, None]
+    return x.new_zeros(num, x.shape[1]).index_add(0, index, x)
+
+
+def _extremes(x: Tensor, index: Tensor, size: Tensor, which: Literal["min", "max"]) -> Tensor:
+    """Take the least or the largest value of each segment; of segments in sorted rows several times faster."""
+    if bool((index[1:] >= index[:-1]).all()):
+        return torch.segment_reduce(x, which, lengths=size[:, 0].to(torch.int64), axis=0, unsafe=True)
+    start = x.new_full((len(size), x.shape[1]), torch.inf if which == "min" else -torch.inf)
+    return start.scatter_reduce(0, index[:, None].expand_as(x), x, f"a{which}")
 
 
 def _compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:

@@ -176,8 +176,8 @@ def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "
         if zeros == "skip":
             chosen = signal.x[node, 0] != 0
             sample, step, node = sample[chosen], step[chosen], node[chosen]
-        weight = signal.weight[node] * edge_shares(tree, signal.keep, share)[node]
-        return replace(signal, x=signal.x[node], sample=sample, step=step, node=None, weight=weight, raw=None)
+        weight = (signal.weight * edge_shares(tree, signal.keep, share)).index_select(0, node)
+        return replace(signal, x=signal.x.index_select(0, node), sample=sample, step=step, node=None, weight=weight, raw=None)
 
     return pure(f"edges_to_steps(share={share}, zeros={zeros})", Signature(rows="node -> step", rewards="one"), apply)
 
@@ -185,19 +185,23 @@ def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "
 def step_owners(tree: Tree, batch: RewardBatch) -> tuple[Tensor, Tensor, Tensor]:
     """List the trained steps of all samples: sample, step, and the node whose edge owns it; ordered by sample, then step."""
     num, steps = len(batch.rewards), batch.num_steps
-    owner = torch.full((num * steps,), -1)
-    at = tree.leaf_of_sample
+    first = torch.full((num, steps), -1)  # the node whose edge begins at a step
+    at, row = tree.leaf_of_sample, torch.arange(num)
     while bool((at >= 0).any()):
-        below = (at >= 0).nonzero()[:, 0]
-        node = at[below]
-        length = tree.edge_end[node] - tree.edge_start[node]
-        offset = torch.arange(int(length.sum())) - (length.cumsum(0) - length).repeat_interleave(length)
-        place = (below * steps + tree.edge_start[node]).repeat_interleave(length) + offset
-        owner[place] = node.repeat_interleave(length)
+        chosen = ((at >= 0) & (tree.edge_end > tree.edge_start)[at.clamp(min=0)]).nonzero()[:, 0]
+        first[row[chosen], tree.edge_start[at[chosen]]] = at[chosen]
         at = tree.parents_of(at)
-    owned = owner >= 0 if batch.step_mask is None else (owner >= 0) & batch.step_mask.flatten()
-    place = owned.nonzero()[:, 0]
-    return place // steps, place % steps, owner[place]
+    step = torch.arange(steps).expand(num, -1)
+    begin = torch.where(first >= 0, step, -1).cummax(1).values
+    owner = first.gather(1, begin.clamp(min=0))
+    owned = (begin >= 0) & (step < tree.edge_end.index_select(0, owner.clamp(min=0).view(-1)).view_as(owner))
+    if batch.step_mask is not None:
+        owned = owned & batch.step_mask
+    place = owned.view(-1).nonzero()[:, 0]
+    sample, step, owner = row[:, None].expand(-1, steps).reshape(-1), step.reshape(-1), owner.view(-1)
+    if len(place) == len(sample):
+        return sample, step, owner
+    return sample[place], step[place], owner[place]
 
 
 def edge_shares(tree: Tree, keep: Tensor, share: Share) -> Tensor:
