@@ -16,6 +16,7 @@ from torch import Tensor
 from flowalign.estimators.batch import AdvantageBatch, RewardBatch
 from flowalign.estimators.kinds import END, START, Signature
 from flowalign.estimators.needs import need, need_tree
+from flowalign.estimators.segments import compact
 from flowalign.estimators.spelling import unknown
 
 State = Mapping[str, Any]
@@ -99,8 +100,8 @@ def _group(signal: Signal, batch: RewardBatch) -> Tensor:
 
 
 def _anchor(signal: Signal, batch: RewardBatch) -> Tensor:
-    anchor = need(batch, "anchor_id", "the segmentation 'anchor'")[signal.sample, signal.step]
-    return _pair(_group(signal, batch), torch.unique(anchor, return_inverse=True)[1])
+    anchor = need(batch, "anchor_id", "the segmentation 'anchor'").flatten()[signal.sample * batch.num_steps + signal.step]
+    return _pair(_group(signal, batch), compact(anchor)[0])
 
 
 def _tree(signal: Signal, batch: RewardBatch) -> Tensor:
@@ -139,6 +140,8 @@ _SEGMENTS: Mapping[str, Callable[[Signal, RewardBatch], Tensor]] = {
 def scored_samples(signal: Signal, batch: RewardBatch) -> Tensor:
     """Tell which samples have been scored so far: ``[batch]`` bool, False where any row of the sample is NaN."""
     scored = torch.ones(len(batch.rewards), dtype=torch.bool)
+    if not bool(torch.isnan(signal.x[:, 0].sum())):
+        return scored
     scored[signal.sample[torch.isnan(signal.x[:, 0])]] = False
     return scored
 
@@ -217,13 +220,15 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
     usable = keep[:, None] if batch.step_mask is None else keep[:, None] & batch.step_mask
     place = signal.sample * steps + signal.step  # one flat index is several times faster than a pair of them
     complete = len(place) == num * steps and torch.equal(place, torch.arange(num * steps))
+    everything = bool(usable.all())
     in_order = torch.equal(back, torch.arange(num))
 
     def table(values: Tensor, default: float) -> Tensor:
         # float32 is what the losses work in; all statistics before this line are float64.
         rows = values.float()
         laid_out = rows if complete else torch.full((num * steps,), default).index_copy(0, place, rows)
-        laid_out = torch.where(usable, laid_out.view(num, steps), default)
+        laid_out = laid_out.view(num, steps)
+        laid_out = laid_out if everything else torch.where(usable, laid_out, default)
         return laid_out if in_order else laid_out[back]
 
     advantage = table(torch.nan_to_num(signal.x[:, 0]), 0.0)

@@ -105,12 +105,14 @@ def reward_to_go(*, discount: float = 1.0, divide: Literal["none", "remaining"] 
         )
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        table = torch.zeros(len(batch.rewards), batch.num_steps, signal.x.shape[1], dtype=torch.float64)
-        there = torch.zeros(table.shape[:2], dtype=torch.float64)
-        table[signal.sample, signal.step], there[signal.sample, signal.step] = signal.x, 1.0
-        returns = _returns(table, there, discount)[signal.sample, signal.step]
-        remaining = there.flip(1).cumsum(1).flip(1)[signal.sample, signal.step, None]
-        return replace(signal, x=returns / remaining if divide == "remaining" else returns, raw=None)
+        num, steps, width = len(batch.rewards), batch.num_steps, signal.x.shape[1]
+        place = signal.sample * steps + signal.step
+        table = torch.zeros(num * steps, width, dtype=torch.float64).index_copy(0, place, signal.x).view(num, steps, width)
+        there = torch.zeros(num * steps, dtype=torch.float64).index_fill(0, place, 1.0).view(num, steps)
+        returns = _returns(table, there, discount).view(-1, width).index_select(0, place)
+        if divide == "remaining":
+            returns = returns / there.flip(1).cumsum(1).flip(1).view(-1, 1).index_select(0, place)
+        return replace(signal, x=returns, raw=None)
 
     return pure(f"reward_to_go(discount={discount:g}, divide={divide})", Signature(rows="step"), apply)
 
@@ -194,7 +196,7 @@ def chain_differences(reward_weights: Sequence[float] | None = None) -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         values = state_values(signal, batch, reward_weights, "chain_differences")
         before, after = values[:, :-1].clone(), values[:, 1:].clone()
-        for step in range(1, batch.num_steps):
+        for step in range(1, batch.num_steps) if bool(torch.isnan(values.sum())) else ():
             before[:, step] = torch.where(torch.isnan(before[:, step]), before[:, step - 1], before[:, step])
             back = batch.num_steps - 1 - step
             after[:, back] = torch.where(torch.isnan(after[:, back]), after[:, back + 1], after[:, back])

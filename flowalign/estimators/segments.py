@@ -67,7 +67,7 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
         >>> stats.variance(ddof=1).flatten().tolist()
         [0.0, 2.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     known = ~torch.isnan(x)
     filled = torch.where(known, x, 0.0)
     complete = bool(known.all())
@@ -102,7 +102,7 @@ def segment_ranks(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
         >>> segment_ranks(x, torch.tensor([3, 3, 3, 8])).flatten().tolist()
         [1.0, 0.0, 2.0, 0.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     order, start = _sort(x, index, num)
     position = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(order)
     place = torch.empty_like(order).scatter(0, order, position) - start[index][:, None]
@@ -124,7 +124,7 @@ def segment_medians(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"])
         >>> segment_medians(x, torch.tensor([0, 0, 0, 5])).flatten().tolist()
         [2.0, 7.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     order, start = _sort(x, index, num)
     ordered = x.gather(0, order)
     known = (~torch.isnan(x)).to(torch.int64)
@@ -151,7 +151,7 @@ def segment_pairs(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " pairs"], Int
         >>> left.tolist(), right.tolist()
         ([0, 2], [2, 0])
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     by_segment = torch.argsort(index, stable=True)
     size = torch.bincount(index, minlength=num)
     start = size.cumsum(0) - size
@@ -171,7 +171,7 @@ def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
         >>> segment_starts(torch.tensor([9, 9, 4, 9, 4])).tolist()
         [0, 2]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     row = torch.arange(len(key), device=key.device)
     return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
 
@@ -191,7 +191,7 @@ def _extremes(x: Tensor, index: Tensor, size: Tensor, which: Literal["min", "max
     return start.scatter_reduce(0, index[:, None].expand_as(x), x, f"a{which}")
 
 
-def _compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
+def compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
     """Number the keys from 0 in increasing order; small ones by counting, which needs no sorting."""
     if key.numel() and int(key.min()) >= 0 and int(key.max()) < 4 * key.numel():
         present = torch.bincount(key) > 0

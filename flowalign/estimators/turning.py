@@ -33,11 +33,11 @@ def find_turning_points(values: Tensor, points: Points = "constrained", trained:
     """
     step = torch.sign(change(values[:, :-1], values[:, 1:]))
     along = step * torch.sign(change(values[:, :1], values[:, -1:]))
-    trained = torch.ones_like(along, dtype=torch.bool) if trained is None else trained
-    found, last = torch.zeros_like(trained), torch.full_like(along[:, 0], -1.0)  # nothing comes before the first step
-    for at in range(along.shape[1]):
-        found[:, at] = trained[:, at] & (last < 0) & (along[:, at] > 0)
-        last = torch.where(trained[:, at], along[:, at], last)
+    before = torch.cat([torch.full_like(along[:, :1], -1.0), along[:, :-1]], 1)  # nothing comes before the first step
+    if trained is not None:
+        for at in range(1, along.shape[1]):
+            before[:, at] = torch.where(trained[:, at - 1], along[:, at - 1], before[:, at - 1])
+    found = (before < 0) & (along > 0) if trained is None else (before < 0) & (along > 0) & trained
     if points == "all":
         return found
     return found & (step * torch.sign(change(values[:, 1:], values[:, -1:].expand_as(step))) > 0)
