@@ -10,6 +10,7 @@ tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -26,9 +27,14 @@ from flowalign.estimators.spelling import unknown
 from flowalign.estimators.stages import STAGES
 
 
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(recipes.__path__)))
+
+
 def names() -> list[str]:
     """List every recipe."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+    return list(_names())
 
 
 def config(name: str) -> Any:
@@ -37,7 +43,7 @@ def config(name: str) -> Any:
     Raises:
         ValueError: If there is no such recipe; the nearest name is offered.
     """
-    if name not in names():
+    if name not in _names():
         raise ValueError(unknown("recipe", name, names()))
     return importlib.import_module(f"{recipes.__name__}.{name}").Config
 

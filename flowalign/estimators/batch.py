@@ -2,49 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Tree:
-    """A forest over the samples of a batch.
-
-    Shapes:
-        parent: ``[nodes]`` int64, -1 for a root.
-        prompt: ``[nodes]`` int64, group of each node.
-        leaf_of_sample: ``[batch]`` int64, the leaf that is the sample.
-        edge_start, edge_end: ``[nodes]`` int64, trained steps ``[start, end)`` of the edge from the parent.
-    """
-
-    parent: Tensor
-    prompt: Tensor
-    leaf_of_sample: Tensor
-    edge_start: Tensor
-    edge_end: Tensor
-
-    def __post_init__(self) -> None:
-        """Refuse cycles and orphans."""
-        nodes = len(self.parent)
-        if bool(((self.parent >= nodes) | (self.parent < -1)).any()):
-            row = int(((self.parent >= nodes) | (self.parent < -1)).nonzero()[0])
-            raise ValueError(f"tree.parent[{row}]: node {int(self.parent[row])} does not exist (nodes are 0 to {nodes - 1}, -1 is a root)")
-        at = torch.arange(nodes)
-        for _ in range(nodes + 1):
-            at = torch.where(at >= 0, self.parent[at.clamp(min=0)], at)
-            if bool((at < 0).all()):
-                return
-        row = int((at >= 0).nonzero()[0])
-        raise ValueError(f"tree.parent: node {row} is its own ancestor; a tree must lead to a root (-1)")
-
-    def depth(self) -> Tensor:
-        """Return the number of edges from the root to each node."""
-        depth, at = torch.zeros_like(self.parent), self.parent
-        while bool((at >= 0).any()):
-            depth = depth + (at >= 0)
-            at = torch.where(at >= 0, self.parent[at.clamp(min=0)], at)
-        return depth
+from flowalign.estimators.forest import Tree as Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +23,8 @@ class RewardBatch:
         clauses: ``[batch, C]`` verifiable sub-checks; clauses_valid: ``[batch, C]`` bool, which of them the prompt has.
         metric: ``[batch, M]`` side measurements.
         log_prob: ``[batch, T]`` mean log-probs of the trained steps; step_mask: ``[batch, T]`` bool, which steps the sample trains.
-        step_rewards: ``[batch, T, R]``; anchor_id: ``[batch, T]`` int64, equal where samples share a state.
+        step_rewards: ``[batch, T, R]``, a reward of each trained step, or the value of the state that the step starts from: the
+            recipe says which. anchor_id: ``[batch, T]`` int64, equal where samples share a state.
         baseline: ``[batch, R]``, for example the reward of the ODE sample from the same noise.
         tree: a ``Tree`` over the samples.
 
@@ -90,23 +54,23 @@ class RewardBatch:
                 f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]"
             )
         num = len(self.rewards)
+        if num == 0:
+            raise ValueError("rewards: got no samples; gather the samples of all ranks before they are compared")
         for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
             self._convert(name, torch.float64, num)
         for name in ("group_id", "sample_uid", "anchor_id"):
             self._convert(name, torch.int64, num)
         for name in ("clauses_valid", "step_mask"):
             self._convert(name, torch.bool, num)
-        infinite = torch.isinf(self.rewards).nonzero()
-        if len(infinite):
-            row, column = infinite[0].tolist()
-            raise ValueError(
-                f"rewards[{row}, {column}]: got {self.rewards[row, column].item()} for sample {int(self.sample_uid[row])}; "
-                f'rewards must be finite (NaN means "not computed")'
-            )
+        for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
+            self._refuse_infinite(name)
         if len(torch.unique(self.sample_uid)) != num:
             values, counts = torch.unique(self.sample_uid, return_counts=True)
             twice = int(values[counts > 1][0])
             raise ValueError(f"sample_uid: {twice} occurs more than once; every sample needs its own id")
+        self._check_steps()
+        if self.tree is not None:
+            self._check_leaves(self.tree)
 
     def _convert(self, name: str, dtype: torch.dtype, num: int) -> None:
         value = vars(self)[name]
@@ -118,13 +82,63 @@ class RewardBatch:
             raise ValueError(f"{name}: got {len(value)} rows for {num} samples, needed one each")
         object.__setattr__(self, name, value.detach().cpu().to(dtype))
 
+    def _refuse_infinite(self, name: str) -> None:
+        value = vars(self)[name]
+        if value is None or not bool(torch.isinf(value).any()):
+            return
+        place = torch.isinf(value).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{', '.join(map(str, place))}]: got {value[tuple(place)].item()} for sample {int(self.sample_uid[place[0]])}; "
+            f'{name.replace("_", " ")} must be finite (NaN means "not computed")'
+        )
+
+    def _check_steps(self) -> None:
+        steps = self.num_steps
+        for name in ("step_mask", "log_prob", "anchor_id", "step_rewards"):
+            value = vars(self)[name]
+            if value is not None and value.shape[1] != steps:
+                raise ValueError(f"{name}: got {value.shape[1]} steps where the batch has {steps}")
+        if self.step_rewards is not None and self.step_rewards.ndim != 3:
+            raise ValueError(
+                f"step_rewards: got shape {tuple(self.step_rewards.shape)}, needed [batch, steps, rewards]; for one reward add [..., None]"
+            )
+        if self.tree is not None and len(self.tree.parent) and int(self.tree.edge_end.max()) > steps:
+            row = int(self.tree.edge_end.argmax())
+            raise ValueError(f"tree.edge_end[{row}]: is {int(self.tree.edge_end[row])}, but the batch has {steps} trained steps")
+
+    def _check_leaves(self, tree: Tree) -> None:
+        leaf, nodes = tree.leaf_of_sample, len(tree.parent)
+        if len(leaf) != len(self.rewards):
+            raise ValueError(f"tree.leaf_of_sample: got {len(leaf)} leaves for {len(self.rewards)} samples, needed one each")
+        if not len(leaf):
+            return
+        if bool(((leaf < 0) | (leaf >= nodes)).any()):
+            raise ValueError(f"tree.leaf_of_sample: needed nodes from 0 to {nodes - 1}, got {int(leaf.min())} to {int(leaf.max())}")
+        inner = torch.zeros(nodes, dtype=torch.bool)
+        inner[tree.parent[tree.parent >= 0]] = True
+        for wrong, why in (
+            (inner[leaf], "has children; a sample is a leaf"),
+            (torch.bincount(leaf, minlength=nodes)[leaf] > 1, "is the leaf of another sample too; give each its own"),
+            (tree.prompt[leaf] != self.group_id, "belongs to another prompt than the sample's group_id"),
+        ):
+            if bool(wrong.any()):
+                row = int(wrong.nonzero()[0])
+                raise ValueError(f"tree.leaf_of_sample[{row}]: node {int(leaf[row])} {why}")
+
     @property
     def num_steps(self) -> int:
         """Number of trained steps T that the batch knows of; 1 if nothing is per step."""
         for table in (self.step_mask, self.log_prob, self.anchor_id, self.step_rewards):
             if table is not None:
                 return table.shape[1]
+        if self.tree is not None and len(self.tree.parent):
+            return max(1, int(self.tree.edge_end.max()))
         return 1
+
+    @cached_property
+    def group(self) -> Tensor:
+        """``group_id`` numbered from 0 in increasing order: sorted once, looked up by every stage."""
+        return torch.unique(self.group_id, return_inverse=True)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,4 +162,5 @@ class AdvantageBatch:
     def __post_init__(self) -> None:
         """Guarantee finite output: anything else is a defect of a stage."""
         for name in ("advantage", "weight"):
-            assert bool(torch.isfinite(vars(self)[name]).all()), f"a stage produced a {name} that is not finite"
+            # In float64 the sum of float32 numbers is finite exactly when all of them are.
+            assert bool(torch.isfinite(vars(self)[name].sum(dtype=torch.float64))), f"a stage produced a {name} that is not finite"

@@ -6,6 +6,7 @@ Everything is float64 and summed in row order, so equal rows in an equal order g
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,7 +46,7 @@ class SegmentStats:
 
     def rows(self, per_segment: Tensor) -> Tensor:
         """Spread one value per segment over the rows of the segment."""
-        return per_segment[self.index]
+        return per_segment.index_select(0, self.index)  # several times faster than indexing
 
 
 def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> SegmentStats:
@@ -66,19 +67,21 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
         >>> stats.variance(ddof=1).flatten().tolist()
         [0.0, 2.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     known = ~torch.isnan(x)
     filled = torch.where(known, x, 0.0)
-    zero = x.new_zeros(num, x.shape[1])
-    count = zero.index_add(0, index, known.to(x.dtype))
-    mean = zero.index_add(0, index, filled) / count
+    complete = bool(known.all())
+    filled = x if complete else torch.where(known, x, 0.0)
+    size = torch.bincount(index, minlength=num)[:, None].to(x.dtype)
+    count = size.expand(num, x.shape[1]) if complete else _sums(known.to(x.dtype), index, num)
+    mean = _sums(filled, index, num) / count
     # Two passes with Bjorck's correction: a naive sum of squares loses the std of 1e4 +- 1e-3 rewards.
-    deviation = torch.where(known, x - mean[index], 0.0)
-    drift = zero.index_add(0, index, deviation)
-    m2 = zero.index_add(0, index, deviation.square()) - drift.square() / count.clamp(min=1)
-    column = index[:, None].expand_as(x)
-    low = torch.full_like(zero, torch.inf).scatter_reduce(0, column, torch.where(known, x, torch.inf), "amin")
-    high = torch.full_like(zero, -torch.inf).scatter_reduce(0, column, torch.where(known, x, -torch.inf), "amax")
+    deviation = filled - mean.index_select(0, index)
+    deviation = deviation if complete else torch.where(known, deviation, 0.0)
+    drift = _sums(deviation, index, num)
+    m2 = _sums(deviation.square(), index, num) - drift.square() / count.clamp(min=1)
+    low = _extremes(x if complete else torch.where(known, x, torch.inf), index, size, "min")
+    high = _extremes(x if complete else torch.where(known, x, -torch.inf), index, size, "max")
     return SegmentStats(index=index, count=count, mean=mean, m2=m2.clamp(min=0), minimum=low, maximum=high)
 
 
@@ -99,7 +102,7 @@ def segment_ranks(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
         >>> segment_ranks(x, torch.tensor([3, 3, 3, 8])).flatten().tolist()
         [1.0, 0.0, 2.0, 0.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     order, start = _sort(x, index, num)
     position = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(order)
     place = torch.empty_like(order).scatter(0, order, position) - start[index][:, None]
@@ -121,7 +124,7 @@ def segment_medians(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"])
         >>> segment_medians(x, torch.tensor([0, 0, 0, 5])).flatten().tolist()
         [2.0, 7.0]
     """
-    index, num = _compact(key)
+    index, num = compact(key)
     order, start = _sort(x, index, num)
     ordered = x.gather(0, order)
     known = (~torch.isnan(x)).to(torch.int64)
@@ -132,7 +135,68 @@ def segment_medians(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"])
     return (ordered.gather(0, low) + ordered.gather(0, high)) / 2
 
 
-def _compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
+def segment_pairs(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """List every ordered pair of different rows that share a key.
+
+    The list is as long as the groups are wide, so a ragged batch costs the sum of the squares of its groups and no padding.
+
+    Args:
+        key: Rows with equal keys form a segment.
+
+    Returns:
+        Left and right row of each pair, by increasing left row and then right row.
+
+    Examples:
+        >>> left, right = segment_pairs(torch.tensor([5, 8, 5]))
+        >>> left.tolist(), right.tolist()
+        ([0, 2], [2, 0])
+    """
+    index, num = compact(key)
+    by_segment = torch.argsort(index, stable=True)
+    size = torch.bincount(index, minlength=num)
+    start = size.cumsum(0) - size
+    mates = size[index]
+    left = torch.arange(len(key), device=key.device).repeat_interleave(mates)
+    place = torch.arange(len(left), device=key.device) - (mates.cumsum(0) - mates)[left]
+    right = by_segment[start[index][left] + place]
+    return left[left != right], right[left != right]
+
+
+def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
+    """Return the first row of each segment, in increasing order of the row.
+
+    Sums over segments that go in this order do not depend on the values of the keys, to the last bit.
+
+    Examples:
+        >>> segment_starts(torch.tensor([9, 9, 4, 9, 4])).tolist()
+        [0, 2]
+    """
+    index, num = compact(key)
+    row = torch.arange(len(key), device=key.device)
+    return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
+
+
+def _sums(x: Tensor, index: Tensor, num: int) -> Tensor:
+    """Add up each segment in the order of its rows; a single column by counting, which is faster."""
+    if x.shape[1] == 1:
+        return torch.bincount(index, weights=x[:, 0], minlength=num)[:, None]
+    return x.new_zeros(num, x.shape[1]).index_add(0, index, x)
+
+
+def _extremes(x: Tensor, index: Tensor, size: Tensor, which: Literal["min", "max"]) -> Tensor:
+    """Take the least or the largest value of each segment; of segments in sorted rows several times faster."""
+    if bool((index[1:] >= index[:-1]).all()):
+        return torch.segment_reduce(x, which, lengths=size[:, 0].to(torch.int64), axis=0, unsafe=True)
+    start = x.new_full((len(size), x.shape[1]), torch.inf if which == "min" else -torch.inf)
+    return start.scatter_reduce(0, index[:, None].expand_as(x), x, f"a{which}")
+
+
+def compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
+    """Number the keys from 0 in increasing order; small ones by counting, which needs no sorting."""
+    if key.numel() and int(key.min()) >= 0 and int(key.max()) < 4 * key.numel():
+        present = torch.bincount(key) > 0
+        index = present.cumsum(0) - 1
+        return (key if bool(present.all()) else index[key]), int(index[-1]) + 1
     unique, index = torch.unique(key, return_inverse=True)
     return index, unique.numel()
 
