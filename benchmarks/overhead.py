@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from flowalign import run
 from flowalign.env import hardware, versions
+from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 REFERENCE = "reference"
@@ -103,7 +104,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def needed(config: run.RunConfig) -> Callable[[], Counter[tuple[str, bool]]]:
+def needed(config: RunConfig) -> Callable[[], Counter[tuple[str, bool]]]:
     """Count the denoiser's rows of a step that the mathematics needs, by role and gradient."""
     images = config.train.groups * config.train.group_size
     algorithm = config.algorithm
@@ -125,7 +126,7 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """Train and report the shares of an iteration and its ratio to the bare work."""
     with tempfile.TemporaryDirectory() as folder:
         # The first step learns the pipeline, allocates and warms up: it is left out.
-        config = replace(run.load_config(name, overrides), steps=steps + 1, output=Path(folder) / "run")
+        config = replace(load_config(name, overrides), steps=steps + 1, output=Path(folder) / "run")
         config.output.mkdir()
         trainer = run.build_trainer(config, Accelerator())
         trainer.pipeline.encode(["a"])  # learns how the pipeline calls its denoiser, once

@@ -1,4 +1,4 @@
-"""The command line. Thin: each command parses, then calls ``flowalign.run``, which is imported only then."""
+"""The command line. Thin: each command parses, then calls what does the work, which is imported only then."""
 
 from __future__ import annotations
 
@@ -126,16 +126,18 @@ def _dispatch(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from flowalign import run
-
     if options.command == "demo":
         from flowalign.demo import demo
 
         demo(options.output, seed=options.seed, threads=options.threads)
     elif options.command == "train":
-        run.train(options.config, options.overrides)
+        from flowalign.run import train
+
+        train(options.config, options.overrides)
     elif options.command == "evaluate":
-        run.evaluate(
+        from flowalign.generate import evaluate
+
+        evaluate(
             options.model,
             suite_name=options.suite,
             lora=options.lora,
@@ -147,7 +149,9 @@ def _run(options: argparse.Namespace) -> None:
             num_steps=options.num_steps,
         )
     else:
-        run.sample(
+        from flowalign.generate import sample
+
+        sample(
             options.model,
             options.prompts,
             lora=options.lora,

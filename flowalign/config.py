@@ -53,6 +53,10 @@ _UniqueKeys.add_implicit_resolver(
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader: it builds no objects
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -63,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = _parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except ConfigError as error:
@@ -184,11 +188,6 @@ def _decode_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
 
 
 def _decode_leaf(kind: Any, data: Any, where: str) -> Any:
-    if kind is float and isinstance(data, str):
-        try:
-            return float(data)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            pass
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
         return float(data)
     if kind is int and isinstance(data, int) and not isinstance(data, bool):
@@ -251,7 +250,7 @@ def override(data: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         for key in path:
             at = _descend(at, key, flag)
         try:
-            value = yaml.load(text, Loader=_UniqueKeys)
+            value = _parse(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{flag}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from error
         if isinstance(at, list):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import yaml
 
 from flowalign import config as configuration
-from flowalign import run, shapes
+from flowalign import shapes
 from flowalign.config import ConfigError
 from flowalign.env import hardware, versions
 from flowalign.evaluate import drift
@@ -21,6 +23,9 @@ from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
 from flowalign.evaluate.suites import ShapesSuite
+from flowalign.generate import score_model
+from flowalign.run import run_training
+from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 NUM_PROMPTS, IMAGES_PER_PROMPT = 150, 4
@@ -40,7 +45,7 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     """
     began = time.monotonic()
     torch.set_num_threads(threads or min(_FLOOR_THREADS, os.cpu_count() or 1))
-    config = run.load_config("shapes_awm")
+    config = load_config("shapes_awm")
     config = replace(config, seed=seed, output=output / "run")
     suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
     if not (shapes.FOLDER / "model_index.json").is_file():
@@ -50,14 +55,14 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     print(f"flowalign demo: AWM on the shipped StableDiffusion3Pipeline, seed {seed}, {torch.get_num_threads()} CPU threads")
     pipeline = config.pipeline.build(seed=seed)
     print(f"1/3  the base on {NUM_PROMPTS} held-out prompts, {IMAGES_PER_PROMPT} images each")
-    base = run.score_model(pipeline, suite, num_steps=num_steps, seed=0, title="base")
+    base = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="base")
     print(f"     strict {base.scores().overall}")
     print(f"2/3  {config.steps} training steps on other prompts")
     evaluated = time.monotonic()
-    trainer = run.run_training(config, pipeline=pipeline)
+    trainer = run_training(config, pipeline=pipeline)
     trained = time.monotonic()
     print("3/3  the tuned model on the same prompts and noise")
-    tuned = run.score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
+    tuned = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     moved = _drift(suite, base, tuned)
     phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
     return _finish(output, config, base, tuned, moved, phases, time.monotonic() - began)
@@ -72,7 +77,7 @@ def _drift(suite: ShapesSuite, base: Evaluation, tuned: Evaluation) -> drift.Dri
 
 def _finish(
     output: Path,
-    config: run.RunConfig,
+    config: RunConfig,
     base: Evaluation,
     tuned: Evaluation,
     moved: drift.Drift,
@@ -105,7 +110,7 @@ def _finish(
 
 
 def _report(
-    config: run.RunConfig,
+    config: RunConfig,
     base: Evaluation,
     tuned: Evaluation,
     moved: drift.Drift,
@@ -131,7 +136,7 @@ def _report(
         charts=charts,
         shares=shares,
         tables=[Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=moved.rows())],
-        command=run.command_line(),
+        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
         versions=versions(),
         hardware=hardware(),

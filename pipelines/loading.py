@@ -60,8 +60,8 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype) -> Di
             pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **absent)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub model check its name, accept its licence on its page and log in "
-            f"with `hf auth login`, or download it once and give the folder"
+            f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub "
+            "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder"
         ) from error
     if not isinstance(pipe, kind):
         raise ValueError(f"pipeline.model: {model!r} is a {type(pipe).__name__}, needed a {kind.__name__}")

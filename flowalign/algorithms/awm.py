@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, sample_number, share_of
 from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.kernels import FlowSDE
 from flowalign.core.links import linear as linear_link
@@ -179,7 +179,7 @@ class AWM:
         chosen = share_of(experience, update, config.num_minibatches)
         x0 = experience.trajectory.x0[chosen]
         levels = self._levels(experience.trajectory.sigmas, update)
-        samples = experience.group[chosen] * 2**20 + experience.sample[chosen]
+        samples = sample_number(experience.group[chosen], experience.sample[chosen])
         noise = torch.stack(
             [
                 normal(

@@ -12,6 +12,7 @@ from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows,
 from flowalign.core.decays import Decay, constant
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel, gaussian_kl, gaussian_log_prob, reduce_event
 from flowalign.core.links import clipped_mask, ppo_clip
+from flowalign.core.penalties import scaled_kernel_kl
 from flowalign.core.plans import Plan, chain
 
 
@@ -24,7 +25,7 @@ class Config:
         noise_level: The kernel's noise: 0.7 for Flow-SDE on SD3, 0.3 (eta) for Dance, 1.0 (eta) for DDIM, 0.8 for CPS.
         clip: PPO clip of the ratio of mean log-probs (a mean over latent elements: 1e-4 is a published value).
         advantage_clip: Advantages are clipped to this size.
-        kl_penalty: Coefficient of the KL divergence to the reference.
+        kl_penalty: Coefficient of the KL divergence to the reference, which is logged in the same unit.
         kl_unit: "gaussian" is the true Gaussian KL, a mean over elements; "scaled" multiplies it by the step's change of sigma, as the
             released code does (its 0.04 stands for about 0.004 of the true KL).
         log_prob: "gaussian" is the density; "unit" drops 1 / (2 std^2), as the released CPS code does.
@@ -141,8 +142,10 @@ class FlowGRPO:
         metrics["ratio_gap"] = log_ratio.detach().abs()
         metrics["clip_fraction"] = clipped_mask(log_ratio.detach(), rows["advantage"], clip=self.config.clip).to(value)
         if reference is not None:
-            divergence = gaussian_kl(mean, reference, rows["std"], reduction="mean")
+            if self.config.kl_unit == "scaled":
+                divergence = scaled_kernel_kl(mean, reference, rows["std"], sigma, sigma_next, reduction="mean")
+            else:
+                divergence = gaussian_kl(mean, reference, rows["std"], reduction="mean")
             metrics["kl/reference"] = divergence.detach()
-            unit = (sigma - sigma_next) if self.config.kl_unit == "scaled" else 1.0
-            value = value + self.config.kl_penalty * unit * divergence
+            value = value + self.config.kl_penalty * divergence
         return Loss(value=value, metrics=metrics)

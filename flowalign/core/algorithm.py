@@ -20,6 +20,11 @@ REFERENCE = "reference"
 Velocity = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
+def sample_number(group: Tensor, sample: Tensor) -> Tensor:
+    """Number the samples of a step for keyed noise; groups hold fewer than 2**20."""
+    return group * 2**20 + sample
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experience:
     """What one step's rollout and scoring left to train on (the rows of one rank).

@@ -66,8 +66,8 @@ def gaussian_log_prob(
         One log density per row.
 
     Raises:
-        ValueError: If ``std`` is 0 (a deterministic step has no density), negative or nan, the shapes differ, or a
-            result is not finite.
+        ValueError: If ``std`` is 0 (a deterministic step has no density), negative or nan, or the shapes differ.
+        FloatingPointError: If a result is not finite; names the row.
 
     References:
         Liu et al., "Flow-GRPO", 2025, https://arxiv.org/abs/2505.05470; its released code uses the mean.
@@ -105,7 +105,8 @@ def gaussian_kl(
         One divergence per row, at least 0.
 
     Raises:
-        ValueError: If ``std`` is 0, negative or nan, the shapes differ, or a result is not finite.
+        ValueError: If ``std`` is 0, negative or nan, or the shapes differ.
+        FloatingPointError: If a result is not finite; names the row.
 
     References:
         Liu et al., "Flow-GRPO", 2025, https://arxiv.org/abs/2505.05470, equation 10.
@@ -142,7 +143,7 @@ def _finite_rows(rows: Tensor, where: str) -> Tensor:
     is_finite = torch.isfinite(rows)
     if not bool(is_finite.all()):
         first = int((~is_finite).nonzero()[0, 0])
-        raise ValueError(
+        raise FloatingPointError(
             f"{where}: row {first} is {rows[first].item()}; need finite states (look for nan or inf in the velocity, "
             f"and keep latents in float32)"
         )

@@ -78,11 +78,11 @@ def recipe(name: str, **options: Any) -> Estimator:
     return estimator
 
 
-def from_config(spec: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **defaults: Any) -> Estimator:
+def from_config(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], **defaults: Any) -> Estimator:
     """Build an estimator from a configuration.
 
     Args:
-        spec: A recipe's name, ``{"type": name, ...options}``, or a list of ``{"stage": name, ...options}``.
+        spec: A recipe's name, ``{"type": name, ...options}``, or a list of stages: names, or ``{"stage": name, ...options}``.
         defaults: Options that a recipe gets where the configuration does not name them.
 
     Raises:
@@ -97,8 +97,12 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **d
         return recipe(str(given.pop("type")), **given)
     stages: list[Stage] = []
     for position, entry in enumerate(spec):
-        given = dict(entry)
-        name = str(given.pop("stage", ""))
+        if not isinstance(entry, str) and not (isinstance(entry, Mapping) and "stage" in entry):
+            raise ValueError(
+                f"advantage[{position}]: got {entry!r}, needed a stage's name, or a mapping such as {{stage: center, over: group}}"
+            )
+        given = {"stage": entry} if isinstance(entry, str) else dict(entry)
+        name = str(given.pop("stage"))
         if name not in STAGES:
             raise ValueError(f"advantage[{position}]: {unknown('stage', name, STAGES)}")
         make = STAGES[name]

@@ -47,8 +47,8 @@ def diversity_curve(loss: Tensor, curve: Curve, strength: float) -> Tensor:
         strength: 0 changes nothing.
 
     Examples:
-        >>> diversity_curve(torch.tensor([0.0, 0.5, -1.0]), "linear", 0.2).tolist()
-        [1.2000000476837158, 1.0, 0.800000011920929]
+        >>> diversity_curve(torch.tensor([0.0, 0.5, -1.0]), "linear", 0.2)
+        tensor([1.2000, 1.0000, 0.8000])
     """
     known = ~torch.isnan(loss)
     if not bool(known.any()):

@@ -13,7 +13,7 @@ from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_column
 from flowalign.estimators.segments import segment_pairs, segment_ranks, segment_starts, segment_stats
-from flowalign.estimators.shape import mean_log_prob, refuse_outside
+from flowalign.estimators.shape import mean_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +127,12 @@ def decouple_outcomes(*, temperature: float = 10.0, sharpness: float = 0.1, metr
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         preference = need_column(batch, "metric", metric, "decouple_outcomes")[signal.sample, None]
-        wrong = torch.isnan(preference) & (signal.x > 0.5)
+        # Only passing samples need one; what is given must fit all the same.
+        wrong = (preference < 0) | (preference > 1) | (torch.isnan(preference) & (signal.x > 0.5))
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
-            raise ValueError(f"metric[{row}, {metric}] of sample {int(batch.sample_uid[row])} is nan, needed its preference in [0, 1]")
-        refuse_outside(preference, 0.0, 1.0, batch, "decouple_outcomes (the metric)")
+            got = f"metric[{row}, {metric}] of sample {int(batch.sample_uid[row])}: got {preference[row, 0].item():g}"
+            raise ValueError(f"{got}, but decouple_outcomes needs its preference in [0, 1]")
         likely = mean_log_prob(batch, "decouple_outcomes")[signal.sample, None]
         key = segment_key(signal, batch, "group")
         passed = _shares(torch.where(signal.x > 0.5, preference / sharpness, torch.nan), key)

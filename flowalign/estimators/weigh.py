@@ -96,8 +96,8 @@ def difficulty_weight(rate: Tensor, schedule: Schedule) -> Tensor:
         Yuan et al., "VL-Cogito", 2025, https://arxiv.org/abs/2507.22607, online difficulty soft weighting, as in the released code.
 
     Examples:
-        >>> difficulty_weight(torch.tensor([0.0, 0.25, 0.75]), "s_1").tolist()
-        [0.25, 1.0, 0.7071067690849304]
+        >>> difficulty_weight(torch.tensor([0.0, 0.25, 0.75]), "s_1")
+        tensor([0.2500, 1.0000, 0.7071])
     """
     smooth = torch.cos((rate - 0.5) * math.pi).clamp(min=0)
     smooth = torch.where(smooth < 1e-6, 0.0, smooth)  # the cosine of pi / 2 is 6e-17

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import CURRENT, Algorithm, Experience, Rows, Update, Velocity
+from flowalign.core.algorithm import CURRENT, Algorithm, Experience, Rows, Update, Velocity, sample_number
+from flowalign.core.decays import ema_warmup
 from flowalign.core.plans import Plan
 from flowalign.core.randomness import normal
 from flowalign.core.rollout import Trajectory
@@ -113,7 +114,6 @@ class TrainConfig:
 
 
 AVERAGE = "average"
-_ID_LIMIT = 2**20  # samples of one group
 
 
 class Interrupted(KeyboardInterrupt):
@@ -185,7 +185,7 @@ class Trainer:
         uid = torch.tensor([prompt.uid for prompt in mine])
 
         def keyed(purpose: str) -> Tensor:
-            numbers = group * _ID_LIMIT + sample
+            numbers = sample_number(group, sample)
             return normal(self.pipeline.event_shape, seed=self.seed, purpose=purpose, step=step, prompts=uid, samples=numbers)
 
         with self.clock.phase("rollout"):
@@ -249,7 +249,10 @@ class Trainer:
             rows = self.algorithm.rows(experience, update)
             if len(rows) == 0:
                 raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
-            sums = self._backward(player, rows, velocity)
+            try:
+                sums = self._backward(player, rows, velocity)
+            except FloatingPointError as error:
+                raise self._diverged(player, update.step, str(error)) from error
             norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
             means = self._mean_over_ranks(sums, len(rows))
             self._check_finite(player, update.step, means["loss"], norm)
@@ -276,20 +279,23 @@ class Trainer:
 
     def _mean_over_ranks(self, sums: Mapping[str, Tensor], num_rows: int) -> dict[str, float]:
         names = sorted(sums)
-        means = torch.stack([sums[name].cpu().double() / num_rows for name in names])
+        means = torch.stack([sums[name] for name in names]) / num_rows
         if self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(means.to(self.accelerator.device), "mean")
+            means = self.accelerator.reduce(means, "mean")
         return dict(zip(names, means.tolist(), strict=True))
 
     def _check_finite(self, player: str, step: int, loss: float, norm: float) -> None:
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(
-                    f"step {step}: the {what} of {player!r} is {value} (last finite: {self._last_finite}); nothing was updated. "
-                    f"Lower train.learning_rate or raise the penalties, and resume from the last checkpoint"
-                )
+                raise self._diverged(player, step, f"the {what} is {value}")
         self._last_finite = f"step {step}, loss {loss:.4g}, gradient norm {norm:.4g}"
+
+    def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
+        self.optimizer.zero_grad(set_to_none=True)
+        return FloatingPointError(
+            f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); nothing was updated. "
+            f"Lower train.learning_rate or raise the penalties, and resume from the last checkpoint"
+        )
 
     # -- run --------------------------------------------------------------------------------------------------------------------
 
@@ -303,7 +309,7 @@ class Trainer:
             for role, decay in self.algorithm.roles.items():
                 self.pipeline.roles.blend(role, decay(step))
             if self.config.ema_decay is not None:
-                self.pipeline.roles.blend(AVERAGE, min(self.config.ema_decay, (1 + step) / (10 + step)))
+                self.pipeline.roles.blend(AVERAGE, ema_warmup(self.config.ema_decay)(step))
         names = logged[0].keys()
         metrics = {name: sum(line[name] for line in logged) / len(logged) for name in names}
         if "ratio_gap" in metrics:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class Scores(Protocol):
-    """What a reward returns: named columns ``[batch]``, and clause matrices where it has them."""
+    """What a reward returns that has more to tell than one number: named columns ``[batch]``, and clause matrices where it has them."""
 
     values: Mapping[str, Tensor]
     clauses: Tensor | None
@@ -19,19 +20,18 @@ class Scores(Protocol):
 
 
 class Reward(Protocol):
-    """Scores images against their prompts; higher is better."""
+    """Scores images ``[batch, 3, h, w]`` in [0, 1] against their prompts; higher is better."""
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        """Return a score for each image."""
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor | Scores:
+        """Return a score for each image: a tensor ``[batch]``, or several in ``Scores``."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedReward:
-    """A reward of a run: its name in logs, its weight, and whether NaN may mean "not computed"."""
+    """A reward of a run: its name in logs, and whether NaN may mean "not computed"."""
 
     name: str
-    weight: float
     reward: Reward
     may_skip: bool = False
 
@@ -71,13 +71,19 @@ def score(rewards: Sequence[NamedReward], images: Tensor, prompts: list[str], me
         The table of raw values, before any weighting.
 
     Raises:
-        ValueError: If a reward returns the wrong length or a value that is not finite; reward, sample and prompt are named.
+        ValueError: If a reward returns something else, the wrong length or a value that is not finite; reward, sample and prompt are named.
     """
     names: list[str] = []
     columns: list[Tensor] = []
     clauses = valid = None
     for entry in rewards:
         result = entry.reward(images, prompts, metadata)
+        if isinstance(result, Tensor):
+            names.append(entry.name)
+            columns.append(_check(entry.name, result, prompts, entry.may_skip))
+            continue
+        if not isinstance(result, Scores):
+            raise ValueError(f"reward {entry.name!r}: returned {type(result).__name__}, needed a tensor [batch] or an object with 'values'")
         for column, values in result.values.items():
             names.append(entry.name if len(result.values) == 1 else f"{entry.name}/{column}")
             columns.append(_check(names[-1], values, prompts, entry.may_skip))

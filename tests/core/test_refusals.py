@@ -69,7 +69,7 @@ def test_a_std_that_is_not_positive_is_refused(call, std):
 def test_a_state_that_is_not_finite_is_named_by_its_row(call):
     broken = ROWS.clone()
     broken[1, 0] = math.nan
-    with pytest.raises(ValueError, match="row 1 is nan"):
+    with pytest.raises(FloatingPointError, match="row 1 is nan"):
         call(broken, ROWS, 1.0, reduction="mean")
 
 

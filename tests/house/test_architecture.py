@@ -106,7 +106,7 @@ def test_the_links_are_relative_and_resolve(name):
 
 
 def test_configurations_are_short_and_decode():
-    from flowalign.run import load_config
+    from flowalign.run_config import load_config
 
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert files

@@ -8,7 +8,7 @@ import pytest
 
 from flowalign import config, data, plugins
 from flowalign.config import ConfigError, Plugin, decode, encode, override
-from flowalign.run import PromptsConfig
+from flowalign.run_config import PromptsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Outer:
 def test_a_configuration_comes_back_as_it_was_written():
     written = {
         "steps": 3,
-        "inner": {"rate": "1e-4", "sizes": [4], "mode": "slow"},
+        "inner": {"rate": 1e-4, "sizes": [4], "mode": "slow"},
         "reward": {"type": "shapes", "strict": 0.25},
         "name": "x",
     }

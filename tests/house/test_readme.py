@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowalign.cli import _parser
-from flowalign.run import load_config
+from flowalign.run_config import load_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -29,4 +29,6 @@ class Reward:
             values[1] = float("nan")
         if self.config.broken == "length":
             values = values[1:]
+        if self.config.broken == "list":
+            return values.tolist()
         return Scores(values={"brightness": values})

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from flowalign import run
 from flowalign.core.algorithm import Update
+from flowalign.run_config import load_config
 from flowalign.train import checkpoint
 from flowalign.train.journal import read_log
 
@@ -22,12 +23,12 @@ FLOW_GRPO = {"type": "flow_grpo", "kl_penalty": 0.01, "num_minibatches": 1}
 
 
 def trainer(path, *overrides):
-    config = run.load_config(str(path), overrides)
+    config = load_config(str(path), overrides)
     return run.build_trainer(config, Accelerator())
 
 
 def train(path, *overrides):
-    config = run.load_config(str(path), overrides)
+    config = load_config(str(path), overrides)
     run.run_training(config)
     return load_file(config.output / "weights" / "pytorch_lora_weights.safetensors"), read_log(config.output / "log.jsonl")
 
@@ -115,7 +116,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_this_is_said(write_config, ca
     expected, _ = train(write_config("whole"))
     path = write_config("broken")
     train(path, "--steps", "2")
-    newest = run.load_config(str(path)).output / "checkpoints" / "step_000002" / "state.safetensors"
+    newest = load_config(str(path)).output / "checkpoints" / "step_000002" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     weights, log = train(path, "--steps", "3")
     assert same(weights, expected)
@@ -126,7 +127,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_this_is_said(write_config, ca
 def test_without_any_whole_checkpoint_the_run_stops_instead_of_starting_over(write_config):
     path = write_config()
     train(path, "--steps", "1")
-    for file in run.load_config(str(path)).output.glob("checkpoints/*/state.json"):
+    for file in load_config(str(path)).output.glob("checkpoints/*/state.json"):
         file.write_text("{")
     with pytest.raises(ValueError, match="none of its 1 checkpoints is whole"):
         train(path, "--steps", "2")
@@ -177,13 +178,13 @@ def finish(path, *overrides):
     process = launch(path, *overrides)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    folder = run.load_config(str(path)).output
+    folder = load_config(str(path)).output
     return load_file(folder / "weights" / "pytorch_lora_weights.safetensors"), read_log(folder / "log.jsonl")
 
 
 def test_a_run_that_is_killed_and_interrupted_resumes_to_the_same_bits(write_config):
     path = write_config("killed", steps=100_000)  # so many that it is always in the middle
-    checkpoints = run.load_config(str(path)).output / "checkpoints"
+    checkpoints = load_config(str(path)).output / "checkpoints"
     done = 0
     for during in ("a step", "a checkpoint"):
         process = launch(path)
@@ -218,7 +219,7 @@ def test_two_processes_train_like_one(write_config):
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        folder = run.load_config(str(path)).output
+        folder = load_config(str(path)).output
         logs.append(read_log(folder / "log.jsonl"))
         weights.append(load_file(folder / "weights" / "pytorch_lora_weights.safetensors"))
     for one, two in zip(*logs, strict=True):
@@ -236,6 +237,7 @@ def test_two_processes_train_like_one(write_config):
     [
         ("nan", r"reward 'brightness': returned nan for sample 1 \(prompt 'a photo"),
         ("length", r"returned shape \(7,\) for 8 images, needed \(8,\)"),
+        ("list", r"reward 'brightness': returned list, needed a tensor \[batch\] or an object with 'values'"),
     ],
 )
 def test_a_broken_reward_is_named(write_config, broken, message):
@@ -255,9 +257,18 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, mon
     before = [parameter.detach().clone() for parameter in built.parameters]
     honest = built.pipeline.velocity
     monkeypatch.setattr(built.pipeline, "velocity", lambda *a, **k: honest(*a, **k) * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss of 'current' is nan \(last finite: none yet\); nothing was updated"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0, player 'current': the loss is nan \(last finite: none yet\); nothing was updated"
+    ):
         built.step(0)
     assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+
+
+def test_a_policy_gradient_through_a_velocity_that_is_not_finite_names_step_and_player(write_config, monkeypatch):
+    built = trainer(write_config(algorithm={"type": "flow_grpo"}))
+    experience, velocity, *_ = built.collect(0)
+    with pytest.raises(FloatingPointError, match=r"step 0, player 'current': gaussian_log_prob: row 0 is nan.*nothing was updated"):
+        built.update(experience, lambda *a, **k: velocity(*a, **k) * float("nan"), Update(seed=0, step=0, index=0))
 
 
 def test_a_folder_of_another_configuration_is_refused_with_what_changed(write_config):
@@ -293,7 +304,7 @@ def test_the_average_of_the_weights_is_what_is_saved_when_asked_for(write_config
 
 def test_full_weights_train_too(write_config, model):
     path = write_config(pipeline={"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": None}, steps=1)
-    config = run.load_config(str(path), ["--train.learning_rate", "1e-4"])
+    config = load_config(str(path), ["--train.learning_rate", "1e-4"])
     run.run_training(config)
     assert (config.output / "weights" / "model_index.json").is_file()
 
@@ -301,12 +312,12 @@ def test_full_weights_train_too(write_config, model):
 def test_a_run_writes_its_log_samples_and_resolved_configuration(write_config):
     path = write_config(steps=1)
     _, log = train(path, "--train.sample_every", "1")
-    folder = run.load_config(str(path)).output
+    folder = load_config(str(path)).output
     assert (folder / "samples" / "step_000000.png").stat().st_size > 500
     assert set(log[0]["time_s"]) >= {"rollout", "reward", "train", "total"}
     assert set(log[0]["reward"]) == {"shapes", "brightness"}
-    again = run.load_config(str(folder / "config.yaml"))
-    assert again == replace(run.load_config(str(path)), train=again.train)
+    again = load_config(str(folder / "config.yaml"))
+    assert again == replace(load_config(str(path)), train=again.train)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["images"] == 8
 
 
@@ -329,7 +340,7 @@ def test_a_tracker_gets_every_step(write_config, tmp_path, monkeypatch, tracker)
     if tracker == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        files = [file.parent for file in run.load_config(str(path)).output.rglob("events.out.tfevents.*")]
+        files = [file.parent for file in load_config(str(path)).output.rglob("events.out.tfevents.*")]
         written = [EventAccumulator(str(folder)).Reload() for folder in set(files)]
         points = [event for events in written if "reward/shapes" in events.Tags()["scalars"] for event in events.Scalars("reward/shapes")]
         assert [(event.step, event.value) for event in points] == [

@@ -1,0 +1,280 @@
+"""Which estimator? Recipes under AWM on the shapes world, at equal images and several training seeds, scored on held-out prompts.
+
+Every run differs from the others in its recipe, its setting and its seed only. The reward is either the demo's (half strict, half graded, all tags) or
+strict on the two hardest tags: 0 or 1, so that in many groups all samples fail. Finished runs are kept, so that the command goes on where it was stopped.
+
+    python benchmarks/compare_estimators.py --output runs/compare_estimators --jobs 2
+
+Advantages go to the loss as the recipe makes them. Their size is part of a recipe, and so is reported: the penalty that holds a run near the base
+weighs less against large ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flowalign.env import hardware, versions
+from flowalign.evaluate.records import Evaluation, read_evaluation
+from flowalign.evaluate.report import Report, Table, write_report
+from flowalign.evaluate.scores import Difference
+from flowalign.evaluate.statistics import paired_difference, seed_spread
+from flowalign.evaluate.suites import ShapesSuite
+from flowalign.generate import score_model
+from flowalign.run import run_training
+from flowalign.run_config import RunConfig, load_config
+from flowalign.train.journal import read_log
+
+RECIPES = {
+    "grpo": "grpo",
+    "flow_grpo": "flow_grpo",
+    "dr_grpo": "dr_grpo",
+    "rloo": "rloo",
+    "reinforce_pp_baseline": "reinforce_pp_baseline",
+    "opo": "opo",
+    "gpg": "gpg",
+    "pass_at_k": "pass_at_k",
+    "dapo": "dapo",
+    "bnpo": "{type: bnpo, low: 0.0, high: 1.0}",
+    "ngrpo": "{type: ngrpo, r_max: 1.0}",
+    "f_dpg (forward KL)": "{type: f_dpg, divergence: forward_kl}",
+    "verpo": "verpo",
+}
+ALL_TAGS = {"single_object": 1, "two_object": 3, "counting": 3, "colors": 2, "position": 4, "color_attr": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is rewarded, on which training prompts."""
+
+    name: str
+    strict: float
+    tag_weights: dict[str, int]
+
+
+SETTINGS = {
+    "graded": Setting(name="half strict, half graded reward, all tags", strict=0.5, tag_weights=ALL_TAGS),
+    "strict": Setting(
+        name="strict reward (0 or 1), the two hardest tags",
+        strict=1.0,
+        tag_weights={**dict.fromkeys(ALL_TAGS, 0), "position": 1, "color_attr": 1},
+    ),
+}
+REFERENCE = "grpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: which recipe, which setting, which seed, and its folder."""
+
+    recipe: str
+    setting: str
+    seed: int
+    folder: Path
+
+    def config(self, options: argparse.Namespace) -> RunConfig:
+        """The demo's configuration but for the sizes, the recipe and the reward."""
+        overrides = {
+            "seed": self.seed,
+            "steps": options.steps,
+            "output": self.folder / "run",
+            "advantage": RECIPES[self.recipe],
+            "rewards": f"[{{reward: {{type: shapes, strict: {SETTINGS[self.setting].strict}}}}}]",
+            "prompts.tag_weights": json.dumps(SETTINGS[self.setting].tag_weights),
+            "train.groups": options.groups,
+            "train.group_size": options.group_size,
+            "train.checkpoint_every": options.steps,
+        }
+        return load_config("shapes_awm", [text for key, value in overrides.items() for text in (f"--{key}", str(value))])
+
+
+def suite(options: argparse.Namespace) -> ShapesSuite:
+    """The held-out prompts that every run is scored on."""
+    return ShapesSuite(split="heldout", num_prompts=options.num_prompts, images_per_prompt=options.images_per_prompt)
+
+
+def run(cell: Cell, options: argparse.Namespace) -> None:
+    """Train and score one cell, in a process and a thread of its own."""
+    torch.set_num_threads(options.threads)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "output.txt").open("w") as output:  # the runs' own progress would be a tangle
+        sys.stdout = sys.stderr = output
+        try:
+            config = cell.config(options)
+            pipeline = config.pipeline.build(seed=cell.seed)
+            trainer = run_training(config, pipeline=pipeline)
+            found = score_model(pipeline, suite(options), num_steps=pipeline.num_steps, seed=0, title="tuned", role=trainer.result)
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    found.write(cell.folder / "records.partial")
+    (cell.folder / "records.partial").rename(cell.folder / "records.jsonl")
+
+
+def pooled(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> Difference:
+    """The strict score of ``second`` minus ``first``, over all training seeds, paired by seed, prompt and noise and clustered by prompt."""
+    base, tuned, ids, tags = [], [], [], []
+    for one, two in zip(first, second, strict=True):
+        partner = {(record.id, record.k): record.strict for record in one.records}
+        for record in two.records:
+            base.append(float(partner[record.id, record.k]))
+            tuned.append(float(record.strict))
+            ids.append(record.id)
+            tags.append(record.tag)
+    return paired_difference(base, tuned, ids, tags)
+
+
+def rows(cells: Sequence[Cell], base: Evaluation, recipes: Sequence[str], setting: str) -> list[dict[str, object]]:
+    """One row for each recipe, best first."""
+    scores = {recipe: [read_evaluation(cell.folder / "records.jsonl") for cell in _of(cells, recipe, setting)] for recipe in recipes}
+    found = []
+    for recipe in recipes:
+        gain = pooled([base] * len(scores[recipe]), scores[recipe])
+        spread = seed_spread([pooled([base], [one]).overall.mean for one in scores[recipe]]) if len(scores[recipe]) > 1 else None
+        versus = pooled(scores[REFERENCE], scores[recipe]) if recipe != REFERENCE else None
+        logs = [read_log(cell.folder / "run" / "log.jsonl") for cell in _of(cells, recipe, setting)]
+        found.append(
+            {
+                "recipe": recipe,
+                "gain": str(gain.overall),
+                "gain_mean": gain.overall.mean,
+                "seeds": "" if spread is None else f"{spread.low:.3f} to {spread.high:.3f}",
+                "versus": "" if versus is None else f"{versus.overall}, p = {versus.p_value:.3f}",
+                "size": _mean([line["advantage"]["size"] for log in logs for line in log]),
+                "distance": _mean([log[-1]["metrics"]["distance/reference"] for log in logs]),
+                "flat": _mean([line["advantage"].get("flat_groups", float("nan")) for log in logs for line in log]),
+            }
+        )
+    return sorted(found, key=lambda row: -float(str(row["gain_mean"])))
+
+
+def _of(cells: Sequence[Cell], recipe: str, setting: str) -> list[Cell]:
+    return [cell for cell in cells if (cell.recipe, cell.setting) == (recipe, setting)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def failing(base: Evaluation, setting: str) -> float:
+    """The share of groups that get nothing from the strict reward, each tag weighted as in training."""
+    weights = SETTINGS[setting].tag_weights
+    groups: dict[tuple[str, int], list[bool]] = {}
+    for record in base.records:
+        groups.setdefault((record.tag, record.id), []).append(record.strict)
+    share = {tag: _mean([not any(passed) for (name, _), passed in groups.items() if name == tag]) for tag in weights}
+    return sum(weight * share[tag] for tag, weight in weights.items()) / sum(weights.values())
+
+
+def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation, base_on_training: Evaluation) -> list[Table]:
+    """The tables, one for each setting."""
+    tables = []
+    columns = ("recipe", "gain over the base", "seeds", f"minus {REFERENCE}", "mean |advantage|", "distance to the base")
+    for setting in options.settings:
+        found = rows(cells, base, options.recipes, setting)
+        flat = _mean([float(str(row["flat"])) for row in found if row["flat"] == row["flat"]] or [float("nan")])
+        (options.output / f"rows_{setting}.json").write_text(json.dumps(found, indent=2) + "\n")
+        tables.append(
+            Table(
+                title=SETTINGS[setting].name,
+                columns=columns,
+                rows=[
+                    [str(row[key]) for key in ("recipe", "gain", "seeds", "versus")] + [f"{row['size']:.3f}", f"{row['distance']:.4f}"]
+                    for row in found
+                ],
+                caption=f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; in training, {flat:.0%} of them are flat.",
+            )
+        )
+    return tables
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/compare_estimators"))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--num_prompts", type=int, default=120)
+    parser.add_argument("--images_per_prompt", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    options = parser.parse_args()
+    if REFERENCE not in options.recipes:
+        parser.error(f"--recipes: needs {REFERENCE}, which the others are compared with")
+
+    # Seeds outermost: a study that is stopped early has all recipes on some seeds.
+    cells = [
+        Cell(
+            recipe=recipe,
+            setting=setting,
+            seed=seed,
+            folder=options.output / setting / recipe.split()[0] / f"seed_{seed}",
+        )
+        for seed in options.seeds
+        for setting in options.settings
+        for recipe in options.recipes
+    ]
+    options.output.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not (cell.folder / "records.jsonl").is_file()]
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run, cell, options): cell for cell in todo}
+        for done in tqdm(as_completed(running), total=len(cells), initial=len(cells) - len(todo), desc="runs"):
+            cell = running[done]
+            try:
+                done.result()
+            except Exception as error:
+                raise RuntimeError(
+                    f"{cell.recipe}, {cell.setting}, seed {cell.seed}: {error} (see {cell.folder / 'output.txt'})"
+                ) from error
+
+    first = cells[0].config(options)
+    pipeline = first.pipeline.build(seed=0)
+    base = score_model(pipeline, suite(options), num_steps=pipeline.num_steps, seed=0, title="base", role="reference")
+    base.write(options.output / "records_base.jsonl")
+    training = ShapesSuite(split="train", num_prompts=options.num_prompts, images_per_prompt=options.group_size)
+    before = score_model(pipeline, training, num_steps=pipeline.num_steps, seed=0, title="base on training prompts", role="reference")
+    tables = report(options, cells, base, before)
+    images = options.steps * options.groups * options.group_size
+    head = (
+        f"{images} images a run ({options.steps} steps of {options.groups} prompts x {options.group_size}), seeds {options.seeds}; strict score on "
+        f"{options.num_prompts} held-out prompts x {options.images_per_prompt}; base {base.scores().overall}"
+    )
+    print(f"\n{head}")
+    for table in tables:
+        print(f"\n{table.title}. {table.caption}\n\n| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in table.rows))
+    notes = [
+        "Intervals: 95 %, over prompts, all seeds pooled. They do not cover new training seeds; the range over seeds stands beside them.",
+        f"With {len(options.recipes) - 1} comparisons in each table, one in twenty has p < 0.05 by chance.",
+    ]
+    written = write_report(
+        options.output / "report.html",
+        Report(
+            title="Estimators under AWM",
+            subtitle=head,
+            tables=tables,
+            notes=notes,
+            command=shlex.join(["python", *sys.argv]),
+            versions=versions(),
+            hardware=hardware(),
+        ),
+    )
+    print(f"\nreport {written}")
+
+
+if __name__ == "__main__":
+    main()

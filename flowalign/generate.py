@@ -1,0 +1,147 @@
+"""What comes out of a model, trained or not: images, and their scores on a suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from flowalign import config as configuration
+from flowalign import images
+from flowalign.config import ConfigError
+from flowalign.core.algorithm import CURRENT
+from flowalign.core.plans import ode
+from flowalign.core.randomness import normal
+from flowalign.evaluate.records import Evaluation, compare, table
+from flowalign.evaluate.suites import run_suite, suite
+from flowalign.pipelines.base import FlowPipeline
+from flowalign.run_config import find_config, load_config
+
+
+def generator_of(pipeline: FlowPipeline, num_steps: int, role: str = CURRENT) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
+    """Return what a suite calls for images: the ODE of a role of the pipeline from noise keyed by (noise id, k)."""
+
+    def generate(prompts: list[str], seeds: list[tuple[int, int]]) -> Tensor:
+        ids, numbers = (torch.tensor(column) for column in zip(*seeds, strict=True))
+        x_init = normal(pipeline.event_shape, seed=0, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
+        cond = pipeline.encode(prompts)
+        done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init, role=role)
+        return pipeline.decode(done.x0)
+
+    return generate
+
+
+def score_model(
+    pipeline: FlowPipeline, chosen: Any, *, num_steps: int, seed: int, title: str, role: str = CURRENT, batch_size: int = 128
+) -> Evaluation:
+    """Run a suite on a role of a pipeline, with a progress bar."""
+    with tqdm(desc=f"evaluate {title}", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        generate = generator_of(pipeline, num_steps, role)
+        return run_suite(chosen, generate, batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
+
+
+def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -> tuple[Any, FlowPipeline]:
+    """Load a model as the run did that trained it or its LoRA, else with the family's defaults.
+
+    Args:
+        model: Folder, hub id or "shapes"; the ``weights`` of a run that trained all weights bring the run's settings.
+        lora: A run folder, its ``weights`` folder, or a LoRA file.
+        num_steps: Denoising steps; None for those of the settings.
+
+    Returns:
+        The settings, and what they build, the LoRA loaded as its current role.
+    """
+    from flowalign.pipelines import lora_files, sd3
+    from flowalign.pipelines.roles import LoRA
+
+    places = [Path(model).parent] if lora is None else [lora, lora.parent]
+    run = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    # The shipped pipeline is evaluated as its own configuration runs it.
+    run = find_config("shapes_awm") if run is None and model == "shapes" else run
+    settings = sd3.Config(model=model) if run is None else load_config(str(run)).pipeline
+    settings = replace(settings, model=model, lora=None, num_steps=num_steps or settings.num_steps)
+    if lora is None:
+        return settings, settings.build(device=Accelerator().device)
+    weights = lora / "weights" if (lora / "weights").is_dir() else lora
+    rank, alpha, targets = lora_files.settings(weights)
+    settings = replace(settings, lora=LoRA(rank=rank, alpha=alpha, targets=targets))
+    built = settings.build(device=Accelerator().device)
+    built.load_lora(weights)
+    return settings, built
+
+
+def evaluate(
+    model: str,
+    *,
+    suite_name: str = "shapes",
+    lora: Path | None = None,
+    against: str | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    num_prompts: int | None = 300,
+    images_per_prompt: int = 4,
+    num_steps: int | None = None,
+) -> dict[str, Any]:
+    """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``."""
+    chosen = suite(suite_name, num_prompts=num_prompts, images_per_prompt=images_per_prompt)
+    settings, evaluated = open_model(model, lora, num_steps=num_steps)
+    tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
+    result: dict[str, Any] = tuned.summary()
+    base = None
+    if against is not None:
+        # The same settings: a comparison is of weights, not of guidance or sizes.
+        other = replace(settings, model=against, lora=None).build(device=evaluated.device)
+        base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
+    elif lora is not None:
+        base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role="reference")
+    if base is not None:
+        differences = {measure: found.as_dict() for measure, found in compare(base, tuned).items()}
+        result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
+    for measure in ("strict", "graded"):
+        print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps, seed {seed}")
+        print(table(base or tuned, tuned if base else None, measure=measure))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        tuned.write(output / "records.jsonl")
+        if base is not None:
+            base.write(output / "records_base.jsonl")
+        result["settings"] = configuration.encode(settings)
+        (output / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\nwritten: {output}")
+    return result
+
+
+def sample(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    lora: Path | None = None,
+    output: Path = Path("samples.png"),
+    seed: int = 0,
+    num_images: int = 4,
+    num_steps: int | None = None,
+) -> Path:
+    """Write a labelled grid, a row for each prompt; the command ``flowalign sample``."""
+    if not prompts:
+        raise ConfigError("sample: give at least one prompt")
+    _, pipeline = open_model(model, lora, num_steps=num_steps)
+    texts = [text for text in prompts for _ in range(num_images)]
+    seeds = [(seed + row, k) for row in range(len(prompts)) for k in range(num_images)]
+    made = generator_of(pipeline, pipeline.num_steps)(texts, seeds)
+    scale = max(1, 256 // made.shape[-1])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images.save_png(images.grid(made, num_images, captions=texts, scale=scale), output)
+    print(f"written: {output}")
+    return output

@@ -1,0 +1,172 @@
+"""What a run's YAML holds, and the run folder that is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from flowalign import config as configuration
+from flowalign import data, shapes
+from flowalign.config import ConfigError, Plugin
+from flowalign.train.fit import TrainConfig
+from flowalign.train.journal import write_atomically
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Where training prompts come from.
+
+    Attributes:
+        source: "shapes", or a file: ``.txt`` with a prompt a line, ``.jsonl`` with a record a line.
+        split: Of the shapes world: "train" or "heldout".
+        num: How many; null for all.
+        tag_weights: How often prompts of each tag come, as whole numbers (``{position: 2, colors: 1}``); 0 leaves a tag out. Null draws
+            all prompts alike, so that a tag comes as often as it has prompts.
+    """
+
+    source: str = "shapes"
+    split: str = "train"
+    num: int | None = None
+    tag_weights: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers and proportions that are none."""
+        if self.num is not None and self.num < 1:
+            raise ValueError(f"num: got {self.num}, needed at least 1, or null for all")
+        weights = self.tag_weights
+        if weights is None:
+            return
+        for tag, weight in weights.items():
+            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 0:
+                raise ValueError(f"tag_weights: {tag}: got {weight!r}, needed a whole number of at least 0")
+        if sum(weights.values()) == 0:
+            raise ValueError("tag_weights: all are 0, needed a positive one")
+
+    def load(self, seed: int) -> list[data.Prompt]:
+        """Read or generate the prompts."""
+        if self.source == "shapes":
+            return data.number(shapes.prompts(self.split, seed=seed, num=self.num), "prompts")  # type: ignore[arg-type]
+        prompts = data.read_prompts(Path(self.source))
+        return prompts[: self.num]
+
+    def sampler(self, seed: int, num: int) -> Callable[[int], list[data.Prompt]]:
+        """Load the prompts and return the function from a step to its ``num`` prompts."""
+        prompts, weights = self.load(seed), self.tag_weights
+        if len(prompts) < num:
+            raise ConfigError(f"train.groups: a step takes {num} prompts, but there are {len(prompts)}; lower it or add prompts")
+        if weights is None:
+            return lambda step: data.draw(prompts, seed=seed, step=step, num=num)
+        tagged = data.by_tag(prompts, weights)
+        return lambda step: data.draw_by_tag(tagged, weights, seed=seed, step=step, num=num)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One reward of a run.
+
+    Attributes:
+        reward: The plugin.
+        weight: Weight in the sum of rewards; 0 only logs it.
+        may_skip: NaN means "not computed" instead of being an error.
+    """
+
+    reward: Annotated[Any, Plugin("rewards")]
+    weight: float = 1.0
+    may_skip: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        if self.weight < 0:
+            raise ValueError(
+                f"weight: must not be negative, got {self.weight} (to penalise, negate the reward and keep the weight positive)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One reproducible run.
+
+    Attributes:
+        seed: Seed of everything.
+        steps: Training steps in all.
+        output: Run folder.
+        pipeline: Model and how it samples.
+        prompts: Training prompts.
+        rewards: What images are scored by.
+        advantage: Recipe of the estimator core: a name, a mapping with "type", or a list of stages.
+        algorithm: How advantages become a loss.
+        train: Sizes and rates.
+    """
+
+    seed: int = 0
+    steps: int
+    output: Path = Path("runs/run")
+    pipeline: Annotated[Any, Plugin("pipelines")]
+    prompts: PromptsConfig = PromptsConfig()
+    rewards: tuple[RewardConfig, ...]
+    advantage: Any = "flow_grpo"
+    algorithm: Annotated[Any, Plugin("algorithms")]
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a run that cannot begin."""
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, needed at least 1")
+        if not self.rewards:
+            raise ValueError("rewards: got none, needed at least one")
+
+
+def find_config(name: str) -> Path:
+    """Return a configuration's path: a file, or the name of one that ships with flowalign.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    shipped = CONFIGS / f"{name}.yaml"
+    if Path(name).is_file() or not shipped.is_file():
+        if not Path(name).is_file():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise FileNotFoundError(f"{name}: no such file, and no shipped configuration of that name (there are {known})")
+        return Path(name)
+    return shipped
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and decode a configuration."""
+    raw = configuration.override(configuration.read_yaml(find_config(name)), overrides)
+    decoded: RunConfig = configuration.decode(RunConfig, raw)
+    return decoded
+
+
+def claim_folder(config: RunConfig) -> bool:
+    """Write the resolved configuration into the run folder, or check that a run that is there is the same but for its length.
+
+    Returns:
+        True if there was a run already.
+
+    Raises:
+        ConfigError: If the folder belongs to another configuration; the changed fields are listed.
+    """
+    encoded = configuration.encode(config)
+    path = config.output / "config.yaml"
+    if path.is_file():
+        # More steps is going on, and a moved folder is the same run.
+        free = ("steps", "output")
+        before = {key: value for key, value in configuration.read_yaml(path).items() if key not in free}
+        changed = configuration.differences(before, {key: value for key, value in encoded.items() if key not in free})
+        if changed:
+            raise ConfigError(
+                f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"
+            )
+    existed = path.is_file()
+    config.output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(encoded, sort_keys=False)
+    if not existed or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
+    return existed
