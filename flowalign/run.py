@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,7 +14,8 @@ from flowalign import config as configuration
 from flowalign import estimators, images
 from flowalign.config import ConfigError
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.run_config import RunConfig, claim_folder, load_config
+from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
+from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
 from flowalign.train.scoring import NamedReward
 
@@ -24,7 +25,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     draw = config.prompts.sampler(config.seed, config.train.groups)
     rewards = [
         NamedReward(name=name, reward=entry.reward.build(), may_skip=entry.may_skip)
-        for name, entry in zip(_reward_names(config), config.rewards, strict=True)
+        for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True)
     ]
     estimator = _estimator(config.advantage, [entry.weight for entry in config.rewards])
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
@@ -42,6 +43,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         algorithm=config.algorithm.build(),
         estimator=estimator,
         rewards=rewards,
+        metrics=_metrics(config.metrics),
         draw=draw,
         config=config.train,
         seed=config.seed,
@@ -86,8 +88,16 @@ def _accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     return accelerator
 
 
-def _reward_names(config: RunConfig) -> list[str]:
-    names = [type(entry.reward).__module__.rpartition(".")[2] for entry in config.rewards]
+def _metrics(entries: Sequence[RewardConfig | Literal["novelty"]]) -> list[Metric]:
+    names = iter(_reward_names([entry for entry in entries if not isinstance(entry, str)]))
+    return [
+        entry if isinstance(entry, str) else NamedReward(name=next(names), reward=entry.reward.build(), may_skip=entry.may_skip)
+        for entry in entries
+    ]
+
+
+def _reward_names(entries: Sequence[RewardConfig]) -> list[str]:
+    names = [type(entry.reward).__module__.rpartition(".")[2] for entry in entries]
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 

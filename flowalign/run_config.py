@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from flowalign import config as configuration
 from flowalign import data, shapes
 from flowalign.config import ConfigError, Plugin
-from flowalign.train.fit import TrainConfig
 from flowalign.train.journal import write_atomically
+from flowalign.train.settings import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -99,6 +99,8 @@ class RunConfig:
         pipeline: Model and how it samples.
         prompts: Training prompts.
         rewards: What images are scored by.
+        metrics: Side measurements for estimators that read them, in the order of their columns: rewards that are not trained on, or "novelty",
+            each image's mean distance to the others of its group (root mean square over 8 x 8 pixels).
         advantage: Recipe of the estimator core: a name, a mapping with "type", or a list of stages.
         algorithm: How advantages become a loss.
         train: Sizes and rates.
@@ -110,6 +112,7 @@ class RunConfig:
     pipeline: Annotated[Any, Plugin("pipelines")]
     prompts: PromptsConfig = PromptsConfig()
     rewards: tuple[RewardConfig, ...]
+    metrics: tuple[RewardConfig | Literal["novelty"], ...] = ()
     advantage: Any = "flow_grpo"
     algorithm: Annotated[Any, Plugin("algorithms")]
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -176,6 +176,8 @@ class AWM:
     def rows(self, experience: Experience, update: Update) -> Rows:
         """Lay out each image of the share at each level, the levels of an image together; noise is keyed by level, prompt and sample."""
         config = self.config
+        if experience.target is not None:
+            raise ValueError("advantage: gives ratios to reach, which awm has no use for; use algorithm flow_grpo with link: bounded_ratio")
         chosen = share_of(experience, update, config.num_minibatches)
         x0 = experience.trajectory.x0[chosen]
         levels = self._levels(experience.trajectory.sigmas, update)

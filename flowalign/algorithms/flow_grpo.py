@@ -11,7 +11,7 @@ import torch
 from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel, gaussian_kl, gaussian_log_prob, reduce_event
-from flowalign.core.links import clipped_mask, ppo_clip
+from flowalign.core.links import bounded_ratio, clipped_mask, ppo_clip
 from flowalign.core.penalties import scaled_kernel_kl
 from flowalign.core.plans import Plan, chain
 
@@ -23,6 +23,7 @@ class Config:
     Attributes:
         kernel: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO), "ddim" or "cps" (Flow-CPS).
         noise_level: The kernel's noise: 0.7 for Flow-SDE on SD3, 0.3 (eta) for Dance, 1.0 (eta) for DDIM, 0.8 for CPS.
+        link: "ppo_clip", or "bounded_ratio" for estimators that give ratios to reach (bpo, with eps_low and eps_high of the size of a clip).
         clip: PPO clip of the ratio of mean log-probs (a mean over latent elements: 1e-4 is a published value).
         advantage_clip: Advantages are clipped to this size.
         kl_penalty: Coefficient of the KL divergence to the reference, which is logged in the same unit.
@@ -36,6 +37,7 @@ class Config:
 
     kernel: Literal["flow_sde", "dance_sde", "ddim", "cps"] = "flow_sde"
     noise_level: float = 0.7
+    link: Literal["ppo_clip", "bounded_ratio"] = "ppo_clip"
     clip: float = 1e-4
     advantage_clip: float = 5.0
     kl_penalty: float = 0.004
@@ -111,6 +113,11 @@ class FlowGRPO:
         column = column if experience.advantage.shape[1] > 1 else torch.zeros_like(column)
         size = self.config.advantage_clip
         advantage = experience.advantage.to(taken.x.device)[taken.sample, column].clamp(-size, size)
+        if (experience.target is not None) != (self.config.link == "bounded_ratio"):
+            raise ValueError(
+                f"algorithm.link: is {self.config.link}, but the estimator gives {'no ' if experience.target is None else ''}ratios to reach; "
+                "bounded_ratio and an estimator such as bpo belong together, ppo_clip is for the others"
+            )
         columns = {
             "x": taken.x,
             "x_next": taken.x_next,
@@ -120,6 +127,8 @@ class FlowGRPO:
             "sigma_next": taken.sigma_next,
             "advantage": advantage * experience.weight.to(advantage)[taken.sample, column],
         }
+        if experience.target is not None:
+            columns["target"] = experience.target.to(advantage)[taken.sample, column]
         return Rows(sample=taken.sample, columns=columns)
 
     def _log_prob(self, rows: Rows, mean: torch.Tensor) -> torch.Tensor:
@@ -137,10 +146,13 @@ class FlowGRPO:
                 reference = self.kernel(x, velocity(x, sigma, rows.sample, REFERENCE), sigma, sigma_next).mean
         mean = self.kernel(x, velocity(x, sigma, rows.sample, player), sigma, sigma_next).mean
         log_ratio = self._log_prob(rows, mean) - self._log_prob(rows, rows["mean"])
-        value = ppo_clip(log_ratio, rows["advantage"], clip=self.config.clip)
+        if self.config.link == "bounded_ratio":
+            value = bounded_ratio(log_ratio, rows["target"], rows["advantage"])
+        else:
+            value = ppo_clip(log_ratio, rows["advantage"], clip=self.config.clip)
+            metrics["clip_fraction"] = clipped_mask(log_ratio.detach(), rows["advantage"], clip=self.config.clip).to(value)
         metrics["ratio"] = log_ratio.detach().exp()
         metrics["ratio_gap"] = log_ratio.detach().abs()
-        metrics["clip_fraction"] = clipped_mask(log_ratio.detach(), rows["advantage"], clip=self.config.clip).to(value)
         if reference is not None:
             if self.config.kl_unit == "scaled":
                 divergence = scaled_kernel_kl(mean, reference, rows["std"], sigma, sigma_next, reduction="mean")

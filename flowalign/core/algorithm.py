@@ -31,6 +31,7 @@ class Experience:
 
     Shapes:
         advantage, weight: ``[batch, T]`` float32; T is 1, or the number of trained steps of the plan.
+        target: ``[batch, T]`` float32, where the estimator gives ratios to reach.
         prompt: ``[batch]`` int64, the prompt's stable id.
         group: ``[batch]`` int64, position of the sample's group among the step's groups, over all ranks.
         sample: ``[batch]`` int64, position within the group; (prompt, group, sample) names the image on every rank layout.
@@ -42,6 +43,7 @@ class Experience:
     prompt: Tensor
     group: Tensor
     sample: Tensor
+    target: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

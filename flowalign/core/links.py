@@ -48,6 +48,34 @@ def ppo_clip(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
+def bounded_ratio(
+    log_ratio: Float[Tensor, " rows"], target: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """Return ``|r - target| |A|`` with ``r = exp(log_ratio)``: the ratio is drawn to its target, and beyond it back.
+
+    Args:
+        log_ratio: New minus old score of each row; clamped to 20 either way.
+        target: Ratio to reach, from an estimator such as ``bpo``.
+        advantage: Only its size counts; the target knows the direction.
+
+    Returns:
+        One loss per row, at least 0.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    References:
+        "Bounded Ratio Reinforcement Learning", 2026, GBPO, as in the released code.
+
+    Examples:
+        >>> bounded_ratio(torch.tensor([1.0, 1.0]).log(), torch.tensor([1.2, 0.9]), torch.tensor([1.0, -2.0]))
+        tensor([0.2000, 0.2000])
+    """
+    _check_rows(log_ratio, advantage)
+    _check_rows(log_ratio, target)
+    return (log_ratio.clamp(-20, 20).exp() - target).abs() * advantage.abs()
+
+
 def clipped_mask(log_ratio: Float[Tensor, " rows"], advantage: Float[Tensor, " rows"], *, clip: float) -> Bool[Tensor, " rows"]:
     """Tell which rows `ppo_clip` leaves without gradient: the ratio has left the band in the direction of the advantage."""
     _check_rows(log_ratio, advantage, clip)

@@ -82,7 +82,7 @@ def center_by_weighted_mean(over: str = "group", *, metric: int | None = None) -
         return _compare(signal, stats, signal.x - stats.rows(mean))
 
     shown = "steps" if metric is None else f"metric {metric}"
-    return pure(f"center_by_weighted_mean(over={over}, weight={shown})", _SIGNATURE, apply)
+    return pure(f"center_by_weighted_mean(over={over}, weight={shown})", _SIGNATURE, apply, needs=() if metric is None else ("metric",))
 
 
 def subtract_given() -> Stage:
@@ -94,7 +94,7 @@ def subtract_given() -> Stage:
             raise ValueError(f"baseline: got {given.shape[1]} columns for {signal.x.shape[1]} rewards, needed one each")
         return replace(signal, x=signal.x - given[signal.sample], raw=signal.x)
 
-    return pure("subtract_given", Signature(rows="sample", phase="reward -> centred"), apply)
+    return pure("subtract_given", Signature(rows="sample", phase="reward -> centred"), apply, needs=("baseline",))
 
 
 def with_virtual(stats: SegmentStats, value: float, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,9 +167,8 @@ def center_across_halves(
         return _compare(signal, stats, deviation)
 
     extra = "" if discount == 1 else f", discount={discount:g} on {discounted}"
-    return pure(
-        f"center_across_halves(inter={inter:g}, metric={metric}{extra})", Signature(rewards="one", phase="reward -> centred"), apply
-    )
+    name = f"center_across_halves(inter={inter:g}, metric={metric}{extra})"
+    return pure(name, Signature(rewards="one", phase="reward -> centred"), apply, needs=("metric",))
 
 
 def center_by_running_mean(*, decay: float = 0.9, min_count: float = 4.0) -> Stage:

@@ -137,7 +137,7 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         return replace(signal, x=torch.where(passed.rows(keep), signal.x, damping * signal.x))
 
     name = f"damp_unless_elaborate({damping:g}, threshold={threshold:g}, variant={variant}, metric={metric})"
-    return pure(name, Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="-> chosen"), apply)
+    return pure(name, Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="-> chosen"), apply, needs=("metric",))
 
 
 STAGES: Sequence[Callable[..., Stage]] = (clip, renormalise, sign, keep_side, to_probability, target_ratio, damp_unless_elaborate)

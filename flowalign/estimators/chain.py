@@ -60,17 +60,19 @@ class Stage:
         signature: Kinds of signal it takes and gives.
         apply: From signal, batch and state to signal and new state; pure.
         init: Makes the state it begins with; a state is a mapping of tensors and numbers.
+        needs: Tables of the batch that it cannot do without, besides rewards and ids.
     """
 
     name: str
     signature: Signature
     apply: Callable[[Signal, RewardBatch, State], tuple[Signal, State]]
     init: Callable[[], State] = dict
+    needs: tuple[str, ...] = ()
 
 
-def pure(name: str, signature: Signature, function: Callable[[Signal, RewardBatch], Signal]) -> Stage:
+def pure(name: str, signature: Signature, function: Callable[[Signal, RewardBatch], Signal], *, needs: tuple[str, ...] = ()) -> Stage:
     """Make a stage without state from a function."""
-    return Stage(name=name, signature=signature, apply=lambda signal, batch, state: (function(signal, batch), state))
+    return Stage(name=name, signature=signature, apply=lambda signal, batch, state: (function(signal, batch), state), needs=needs)
 
 
 def segment_key(signal: Signal, batch: RewardBatch, over: str) -> Tensor:
@@ -171,6 +173,11 @@ class Estimator:
             END(kind)
         except TypeError as error:
             raise ValueError(f"the chain {' -> '.join(stage.name for stage in self.stages)} does not end in advantages: {error}") from None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Tables of the batch that the stages cannot do without, besides rewards and ids."""
+        return frozenset(table for stage in self.stages for table in stage.needs)
 
     def init(self) -> dict[str, State]:
         """Return the state to begin with, one entry for each stage that has one."""

@@ -67,7 +67,9 @@ def clause_rewards(
         return replace(signal, x=x).note(strict=float(strict.mean()) if len(strict) else 0.0)
 
     name = f"clause_rewards(alpha={alpha:g}, sigma={sigma:g}, delta={delta:g}, prior={prior:g})"
-    return pure(name, Signature(rewards="several", rows="sample", phase="reward", magnitude="-> chosen"), apply)
+    return pure(
+        name, Signature(rewards="several", rows="sample", phase="reward", magnitude="-> chosen"), apply, needs=("clauses", "clauses_valid")
+    )
 
 
 def _pass_rates(passed: Tensor, valid: Tensor, scored: Tensor, batch: RewardBatch, prior: float) -> tuple[SegmentStats, Tensor, Tensor]:

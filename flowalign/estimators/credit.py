@@ -68,7 +68,7 @@ def take_step_rewards() -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return to_steps(signal, batch, need(batch, "step_rewards", "take_step_rewards"))
 
-    return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply)
+    return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply, needs=("step_rewards",))
 
 
 def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: float = 0.5) -> Stage:
@@ -154,7 +154,7 @@ def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: 
         episode = _centred(final[:, None], batch.group)[rows.sample]
         return replace(rows, x=episode + weight * _centred(rows.x, segment_key(rows, batch, "anchor")))
 
-    return pure(f"two_level_anchors(weight={weight:g}, discount={discount:g})", _COMPARED_STEPS, apply)
+    return pure(f"two_level_anchors(weight={weight:g}, discount={discount:g})", _COMPARED_STEPS, apply, needs=("anchor_id",))
 
 
 def _centred(x: Tensor, key: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def chain_differences(reward_weights: Sequence[float] | None = None) -> Stage:
             after[:, back] = torch.where(torch.isnan(after[:, back]), after[:, back + 1], after[:, back])
         return to_steps(signal, batch, change(before, after)[..., None])
 
-    return pure("chain_differences", _COMPARED_STEPS, apply)
+    return pure("chain_differences", _COMPARED_STEPS, apply, needs=("step_rewards",))
 
 
 def subtract_critic(reward_weights: Sequence[float] | None = None) -> Stage:
@@ -216,7 +216,7 @@ def subtract_critic(reward_weights: Sequence[float] | None = None) -> Stage:
         values = state_values(signal, batch, reward_weights, "subtract_critic")
         return to_steps(signal, batch, change(values[:, :-1], values[:, -1:].expand(-1, batch.num_steps))[..., None])
 
-    return pure("subtract_critic", _COMPARED_STEPS, apply)
+    return pure("subtract_critic", _COMPARED_STEPS, apply, needs=("step_rewards",))
 
 
 STAGES = (broadcast_steps, take_step_rewards, link_steps, reward_to_go, two_level_anchors, chain_differences, subtract_critic)

@@ -37,6 +37,30 @@ def novelty(signal: Signal, batch: RewardBatch, metric: int, stage: str) -> tupl
     return values, segment_stats(values[:, None], batch.group)
 
 
+def group_novelty(features: Tensor, group_id: Tensor) -> Tensor:
+    """Measure each sample's novelty: its mean distance to the other samples of its group.
+
+    Args:
+        features: ``[batch, D]``, any features; a distance is the root mean square difference over them.
+        group_id: ``[batch]`` int64.
+
+    Returns:
+        ``[batch]`` float64, at least 0; NaN for a group of one, which has nothing to differ from.
+
+    Examples:
+        >>> group_novelty(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([7, 7, 7]))
+        tensor([2.0000, 1.5000, 2.5000], dtype=torch.float64)
+    """
+    found = torch.full((len(features),), torch.nan, dtype=torch.float64)
+    for group in torch.unique(group_id):
+        members = (group_id == group).nonzero()[:, 0]
+        if len(members) > 1:
+            table = features[members].double()
+            distance = (table[:, None] - table[None]).square().mean(2).sqrt()
+            found[members] = distance.sum(1) / (len(members) - 1)
+    return found
+
+
 def diversity_curve(loss: Tensor, curve: Curve, strength: float) -> Tensor:
     """Map predicted losses of diversity to weights.
 
@@ -90,7 +114,7 @@ def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metri
         return replace(signal, weight=signal.weight * weight).note(diversity=float(stats.mean.nanmean()) if len(stats.mean) else 0.0)
 
     signature = Signature(rows="sample | step", rewards="one", phase="centred | scaled | calibrated")
-    return pure(f"weigh_by_diversity(curve={curve}, strength={strength:g})", signature, apply)
+    return pure(f"weigh_by_diversity(curve={curve}, strength={strength:g})", signature, apply, needs=("metric",))
 
 
 def anneal(step: int, num_steps: int) -> float:
@@ -141,6 +165,7 @@ def keep_diversity_in_band(
         signature=Signature(rows="sample", rewards="one", phase="reward"),
         apply=apply,
         init=lambda: {"step": 0, "groups": 0, "total": 0.0},
+        needs=("metric",),
     )
 
 

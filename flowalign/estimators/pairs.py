@@ -144,7 +144,12 @@ def decouple_outcomes(*, temperature: float = 10.0, sharpness: float = 0.1, metr
         return replace(signal, x=x, raw=signal.x, keep=signal.keep & mixed[:, 0])
 
     name = f"decouple_outcomes(temperature={temperature:g}, sharpness={sharpness:g}, metric={metric})"
-    return pure(name, Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="-> chosen"), apply)
+    return pure(
+        name,
+        Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="-> chosen"),
+        apply,
+        needs=("metric", "log_prob"),
+    )
 
 
 def _shares(logit: Tensor, key: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] | None
         stats = segment_stats(signal.x, key)
         return replace(signal, x=signal.x * (1 - beta * rank / stats.rows(stats.count)))
 
-    return pure(f"novelty_rank(beta={beta:g}, by={by or 'what there is'})", Signature(phase="reward", rewards="one"), apply)
+    return pure(
+        f"novelty_rank(beta={beta:g}, by={by or 'what there is'})", Signature(phase="reward", rewards="one"), apply, needs=(by or "metric",)
+    )
 
 
 def mean_log_prob(batch: RewardBatch, stage: str) -> Tensor:
@@ -220,7 +222,9 @@ def f_link(divergence: FLink = "reverse_kl", *, temperature: float = 1.0, log_ra
         return replace(signal, x=torch.where(flat, 0.0, -link(divergence, stats.rows(log_z) - gain)))
 
     signature = Signature(phase="reward", rewards="one", magnitude="-> chosen")
-    return pure(f"f_link({divergence}, temperature={temperature:g})", signature, apply)
+    return pure(
+        f"f_link({divergence}, temperature={temperature:g})", signature, apply, needs=() if log_ratio_metric is None else ("metric",)
+    )
 
 
 STAGES: Sequence[Callable[..., Stage]] = (

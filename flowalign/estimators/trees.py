@@ -53,7 +53,7 @@ def node_values(average: Average = "children", *, temperature: float = 1.0) -> S
             raw=None,
         )
 
-    return pure(f"node_values({average})", Signature(rows="sample -> node", phase="reward | centred"), apply)
+    return pure(f"node_values({average})", Signature(rows="sample -> node", phase="reward | centred"), apply, needs=("tree",))
 
 
 def _mean_of_leaves(tree: Tree, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def subtract_parent() -> Stage:
         tree = need_tree(batch, "subtract_parent")
         return replace(signal, x=_gain(tree, signal.x), raw=signal.x)
 
-    return pure("subtract_parent", Signature(rows="node", phase="reward -> centred"), apply)
+    return pure("subtract_parent", Signature(rows="node", phase="reward -> centred"), apply, needs=("tree",))
 
 
 def _gain(tree: Tree, value: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def add_gain(*, divide: Literal["sqrt_leaves", "none"] = "sqrt_leaves") -> Stage
         leaves = tree.num_samples(signal.keep).clamp(min=1).double()[:, None]
         return replace(signal, x=both / leaves.sqrt() if divide == "sqrt_leaves" else both, raw=None)
 
-    return pure(f"add_gain(divide={divide})", Signature(rows="node", phase="centred"), apply)
+    return pure(f"add_gain(divide={divide})", Signature(rows="node", phase="centred"), apply, needs=("tree",))
 
 
 def scale_edges(*, ddof: int, eps: float) -> Stage:
@@ -156,7 +156,7 @@ def scale_edges(*, ddof: int, eps: float) -> Stage:
         return replace(signal, x=quotient(signal.x, by)) if len(values) else signal
 
     signature = Signature(rows="node", rewards="one", phase="centred -> scaled", magnitude="free")
-    return pure(f"scale_edges(ddof={ddof}, eps={eps:g})", signature, apply)
+    return pure(f"scale_edges(ddof={ddof}, eps={eps:g})", signature, apply, needs=("tree",))
 
 
 def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "train") -> Stage:
@@ -179,7 +179,7 @@ def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "
         weight = (signal.weight * edge_shares(tree, signal.keep, share)).index_select(0, node)
         return replace(signal, x=signal.x.index_select(0, node), sample=sample, step=step, node=None, weight=weight, raw=None)
 
-    return pure(f"edges_to_steps(share={share}, zeros={zeros})", Signature(rows="node -> step", rewards="one"), apply)
+    return pure(f"edges_to_steps(share={share}, zeros={zeros})", Signature(rows="node -> step", rewards="one"), apply, needs=("tree",))
 
 
 def step_owners(tree: Tree, batch: RewardBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +220,7 @@ def share_steps(share: Share = "mean") -> Stage:
         weight[sample, step] = edge_shares(tree, signal.keep & scored_samples(signal, batch), share)[node]
         return replace(signal, weight=signal.weight * weight[signal.sample, signal.step])
 
-    return pure(f"share_steps({share})", Signature(rows="step", rewards="one"), apply)
+    return pure(f"share_steps({share})", Signature(rows="step", rewards="one"), apply, needs=("tree",))
 
 
 def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
@@ -241,7 +241,7 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
         return replace(signal, x=total, raw=None)
 
     name = f"compare_in_groups_and_trees(ddof={ddof}, eps={eps:g})"
-    return pure(name, Signature(rows="sample", phase="reward -> scaled"), apply)
+    return pure(name, Signature(rows="sample", phase="reward -> scaled"), apply, needs=("tree",))
 
 
 STAGES = (node_values, subtract_parent, add_gain, scale_edges, edges_to_steps, share_steps, compare_in_groups_and_trees)

@@ -106,7 +106,7 @@ def turning_points(
         return to_steps(signal, batch, x[..., None]).note(turning_points=share)
 
     signature = Signature(rows="sample -> step", rewards="several -> one", phase="reward")
-    return pure(f"turning_points(points={points}, form={form}, balance={balance})", signature, apply)
+    return pure(f"turning_points(points={points}, form={form}, balance={balance})", signature, apply, needs=("step_rewards",))
 
 
 STAGES = (turning_points,)

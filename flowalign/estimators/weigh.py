@@ -153,7 +153,7 @@ def weigh_steps_by_spread(top: float = 1.7, *, of: Literal["step_rewards", "log_
         weight = 1 + (top - 1) * torch.nan_to_num((variance - low) / (high - low + 1e-8))  # 1e-8: TW-GRPO's code
         return replace(signal, weight=signal.weight * stats.rows(weight)[signal.sample, signal.step])
 
-    return pure(f"weigh_steps_by_spread(top={top:g}, of={of})", Signature(rows="step"), apply)
+    return pure(f"weigh_steps_by_spread(top={top:g}, of={of})", Signature(rows="step"), apply, needs=(of,))
 
 
 STAGES = (keep_contrast, keep_pass_rates, weigh_by_difficulty, weigh_steps_by_spread)

@@ -1,4 +1,4 @@
-"""The one training loop: collect, score, estimate, update, log, checkpoint."""
+"""The one training loop: collect, update, log, checkpoint."""
 
 from __future__ import annotations
 
@@ -9,109 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowalign.core.algorithm import CURRENT, Algorithm, Experience, Rows, Update, Velocity, sample_number
+from flowalign.core.algorithm import CURRENT, Algorithm, Experience, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
-from flowalign.core.plans import Plan
-from flowalign.core.randomness import normal
-from flowalign.core.rollout import Trajectory
-from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
+from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
+from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.journal import Clock, Journal
-from flowalign.train.scoring import NamedReward, RewardTable, score
-
-
-class Roles(Protocol):
-    """Versions of the trained network."""
-
-    def add(self, name: str) -> None: ...
-    def blend(self, name: str, decay: float) -> None: ...
-    def trainable_parameters(self) -> list[nn.Parameter]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Pipeline(Protocol):
-    """What the loop needs of a pipeline."""
-
-    roles: Any
-    module: nn.Module
-    num_steps: int
-
-    @property
-    def event_shape(self) -> tuple[int, ...]: ...
-    def encode(self, prompts: Sequence[str]) -> Any: ...
-    def rollout(
-        self, cond: Any, plan: Plan, *, x_init: Tensor, noise: Callable[[int], Tensor], batch_size: int | None = None
-    ) -> Trajectory: ...
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
-    def decode(self, x: Tensor) -> Tensor: ...
-
-
-class PromptLike(Protocol):
-    """A prompt: its text, its record and a stable id."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def metadata(self) -> dict[str, Any]: ...
-    @property
-    def uid(self) -> int: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a run trains. Sizes are of the whole job; how many devices share the work changes no result beyond rounding.
-
-    Attributes:
-        groups: Prompts of a step; each is the group of its samples.
-        group_size: Samples of a prompt; a multiple of the number of processes, which share each group equally.
-        rollout_batch_size: Samples of one call of the pipeline, on each device.
-        micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
-        learning_rate: Of AdamW, constant after the warm-up.
-        warmup: Optimizer updates with a linearly rising learning rate.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are clipped to this norm.
-        ema_decay: Decay of an average of the weights that is saved instead of the last ones; null for none.
-        checkpoint_every: Steps between checkpoints (the last step is always written).
-        keep_checkpoints: How many stay.
-        sample_every: Steps between grids of samples; 0 for none.
-        trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
-    """
-
-    groups: int = 8
-    group_size: int = 16
-    rollout_batch_size: int = 64
-    micro_batch_size: int = 64
-    learning_rate: float = 3e-4
-    warmup: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None
-    checkpoint_every: int = 1
-    keep_checkpoints: int = 2
-    sample_every: int = 0
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse sizes and rates that cannot be meant."""
-        for name in ("groups", "group_size", "rollout_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"train.{name}: got {vars(self)[name]}, needed at least 1")
-        if self.group_size == 1:
-            raise ValueError("train.group_size: got 1; a group estimator compares the samples of a prompt, so needed at least 2")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("train.learning_rate and train.max_grad_norm must be positive")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")
-
+from flowalign.train.protocols import Pipeline, PromptLike
+from flowalign.train.scoring import NamedReward
+from flowalign.train.settings import TrainConfig
 
 AVERAGE = "average"
 
@@ -129,6 +41,7 @@ class Trainer:
         algorithm: Plan, rows and loss.
         estimator: From rewards to advantages.
         rewards: What images are scored by.
+        metrics: Side measurements that the estimator may read, in the order of their columns; rewards, or "novelty".
         draw: From a step to its prompts, ``config.groups`` of them; a pure function.
         config: Sizes and rates.
         seed: Seed of the run.
@@ -146,16 +59,24 @@ class Trainer:
     seed: int
     folder: Path
     accelerator: Accelerator = field(default_factory=Accelerator)
+    metrics: Sequence[Metric] = ()
     after_step: Callable[[dict[str, Any], Tensor], None] | None = None
 
     def __post_init__(self) -> None:
-        """Set up roles, optimizer and the wrapped network."""
-        world = self.accelerator.num_processes
-        if self.config.group_size % world:
-            raise ValueError(
-                f"train.group_size: {self.config.group_size} samples of a prompt cannot be shared equally by {world} processes; "
-                f"use a multiple of {world}"
-            )
+        """Set up the collector, roles, optimizer and the wrapped network."""
+        self.clock = Clock()
+        self.collector = Collector(
+            pipeline=self.pipeline,
+            algorithm=self.algorithm,
+            estimator=self.estimator,
+            rewards=self.rewards,
+            metrics=self.metrics,
+            draw=self.draw,
+            config=self.config,
+            seed=self.seed,
+            accelerator=self.accelerator,
+            clock=self.clock,
+        )
         for role in self.algorithm.roles:
             self.pipeline.roles.add(role)
         if self.config.ema_decay is not None:
@@ -163,8 +84,6 @@ class Trainer:
         self.parameters = self.pipeline.roles.trainable_parameters()
         config = self.config
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-        self.state = self.estimator.init()
-        self.clock = Clock()
         self._last_finite = "none yet"
         self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
 
@@ -173,68 +92,9 @@ class Trainer:
         """The role that the run is for: the average of the weights where there is one."""
         return CURRENT if self.config.ema_decay is None else AVERAGE
 
-    # -- collect ----------------------------------------------------------------------------------------------------------------
-
-    def collect(self, step: int) -> tuple[Experience, Velocity, RewardTable, AdvantageBatch, Tensor]:
-        """Sample this rank's images of a step, score them and compare them with those of all ranks."""
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        prompts = self.draw(step)
-        flat = torch.arange(rank, config.groups * config.group_size, world)
-        group, sample = flat // config.group_size, flat % config.group_size
-        mine = [prompts[i] for i in group.tolist()]
-        uid = torch.tensor([prompt.uid for prompt in mine])
-
-        def keyed(purpose: str) -> Tensor:
-            numbers = sample_number(group, sample)
-            return normal(self.pipeline.event_shape, seed=self.seed, purpose=purpose, step=step, prompts=uid, samples=numbers)
-
-        with self.clock.phase("rollout"):
-            cond = self.pipeline.encode([prompt.text for prompt in mine])
-            trajectory = self.pipeline.rollout(
-                cond,
-                self.algorithm.plan(step, self.pipeline.num_steps),
-                x_init=keyed("initial noise").to(self.accelerator.device),
-                noise=lambda i: keyed(f"noise of step {i}"),
-                batch_size=config.rollout_batch_size,
-            )
-            images = self.pipeline.decode(trajectory.x0)
-        with self.clock.phase("reward"):
-            table = score(self.rewards, images, [prompt.text for prompt in mine], [prompt.metadata for prompt in mine])
-        with self.clock.phase("advantage"):
-            everyone = self._gather(table, group, sample)
-            advantages, self.state = self.estimator.update(everyone, self.state)
-            # Rank r holds rows r, r + world, ...; the gathered rows are sorted by id, which is the flat index.
-            advantage, weight = advantages.advantage[flat], advantages.weight[flat]
-        experience = Experience(trajectory=trajectory, advantage=advantage, weight=weight, prompt=uid, group=group, sample=sample)
-
-        def velocity(x: Tensor, sigma: Tensor, rows: Tensor, role: str) -> Tensor:
-            return self.pipeline.velocity(x, sigma, cond.take(rows), role)
-
-        everyone_table = RewardTable(names=table.names, values=everyone.rewards, clauses=None, clauses_valid=None)
-        return experience, velocity, everyone_table, advantages, images
-
-    def _gather(self, table: RewardTable, group: Tensor, sample: Tensor) -> RewardBatch:
-        """Join the rewards of all ranks, sorted by id: nothing that is compared may be rank-local."""
-
-        def gathered(values: Tensor) -> Tensor:
-            if self.accelerator.num_processes == 1:
-                return values.cpu()  # not through the device: some have no float64
-            everyone: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
-            return everyone.cpu()
-
-        uid = gathered(group * self.config.group_size + sample)
-        order = torch.argsort(uid)
-        columns: dict[str, Tensor] = {"rewards": table.values, "group_id": group}
-        if table.clauses is not None and table.clauses_valid is not None:
-            columns |= {"clauses": table.clauses, "clauses_valid": table.clauses_valid}
-        joined = {name: gathered(values)[order] for name, values in columns.items()}
-        return RewardBatch(
-            rewards=joined["rewards"],
-            group_id=joined["group_id"],
-            sample_uid=uid[order],
-            clauses=joined.get("clauses"),
-            clauses_valid=joined.get("clauses_valid"),
-        )
+    def collect(self, step: int) -> Collected:
+        """Sample, score and compare the images of a step."""
+        return self.collector.collect(step)
 
     # -- update -----------------------------------------------------------------------------------------------------------------
 
@@ -301,11 +161,11 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """Do one step: rollout, scoring and all its updates. Returns the step's log line."""
-        experience, velocity, table, advantages, images = self.collect(step)
+        found = self.collect(step)
         logged: list[dict[str, float]] = []
         with self.clock.phase("train"):
             for index in range(self.algorithm.num_updates):
-                logged.append(self.update(experience, velocity, Update(seed=self.seed, step=step, index=index)))
+                logged.append(self.update(found.experience, found.velocity, Update(seed=self.seed, step=step, index=index)))
             for role, decay in self.algorithm.roles.items():
                 self.pipeline.roles.blend(role, decay(step))
             if self.config.ema_decay is not None:
@@ -317,15 +177,16 @@ class Trainer:
             metrics["ratio_gap_first"] = logged[0]["ratio_gap"]
         line = {
             "step": step,
-            "images": len(table.values),
-            "reward": dict(zip(table.names, torch.nanmean(table.values, 0).tolist(), strict=True)),
-            "reward_std": dict(zip(table.names, _nanstd(table.values).tolist(), strict=True)),
-            "advantage": dict(advantages.stats),
+            "images": len(found.rewards.values),
+            "reward": found.rewards.means(),
+            "reward_std": found.rewards.stds(),
+            **({"metric": found.metrics.means()} if found.metrics.names else {}),
+            "advantage": dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm"),
             "metrics": metrics,
         }
         if self.after_step is not None:
-            self.after_step(line, images)
+            self.after_step(line, found.images)
         return line
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,14 +194,14 @@ class Trainer:
         return {
             "roles": self.pipeline.roles.state_dict(),
             "optimizer": checkpoint.optimizer_state(self.optimizer),
-            "estimator": self.state,
+            "estimator": self.collector.state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.pipeline.roles.load_state_dict(state["roles"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
-        self.state = state["estimator"]
+        self.collector.state = state["estimator"]
 
     def _anywhere(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank: all must leave together."""
@@ -384,10 +245,6 @@ class Trainer:
         finally:
             if journal is not None:
                 journal.close()
-
-
-def _nanstd(values: Tensor) -> Tensor:
-    return (values - torch.nanmean(values, 0)).square().nanmean(0).sqrt()
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

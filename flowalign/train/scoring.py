@@ -42,8 +42,17 @@ class RewardTable:
 
     names: tuple[str, ...]
     values: Tensor
-    clauses: Tensor | None
-    clauses_valid: Tensor | None
+    clauses: Tensor | None = None
+    clauses_valid: Tensor | None = None
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each column over what was computed."""
+        return dict(zip(self.names, torch.nanmean(self.values, 0).tolist(), strict=True))
+
+    def stds(self) -> dict[str, float]:
+        """Return the population standard deviation of each column over what was computed."""
+        spread = (self.values - torch.nanmean(self.values, 0)).square().nanmean(0).sqrt()
+        return dict(zip(self.names, spread.tolist(), strict=True))
 
 
 def _check(name: str, values: Tensor, prompts: Sequence[str], may_skip: bool) -> Tensor:

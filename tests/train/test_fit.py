@@ -39,7 +39,8 @@ def same(first, second):
 
 
 def gradient(built, step=0, index=0):
-    experience, velocity, *_ = built.collect(step)
+    found = built.collect(step)
+    experience, velocity = found.experience, found.velocity
     rows = built.algorithm.rows(experience, Update(seed=0, step=step, index=index))
     sums = built._backward("current", rows, velocity)
     found = torch.cat([p.grad.flatten() for p in built.parameters])
@@ -58,7 +59,8 @@ def test_micro_batches_change_nothing_beyond_rounding(write_config, algorithm):
 
 def test_before_the_first_update_ratio_is_one_and_kl_is_zero(write_config):
     built = trainer(write_config(algorithm=FLOW_GRPO))
-    experience, velocity, _, advantages, _ = built.collect(0)
+    found = built.collect(0)
+    experience, velocity, advantages = found.experience, found.velocity, found.advantages
     rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
     loss = built.algorithm.loss("current", rows, velocity)
     assert (loss.metrics["ratio"] - 1).abs().max() < 1e-6
@@ -69,7 +71,8 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(write_config):
 
 def test_awm_sees_the_same_noise_and_level_under_every_role(write_config):
     built = trainer(write_config())
-    experience, velocity, *_ = built.collect(0)
+    found = built.collect(0)
+    experience, velocity = found.experience, found.velocity
     seen = []
 
     def watched(x, sigma, sample, role):
@@ -87,7 +90,8 @@ def test_a_penalty_of_zero_costs_no_pass(write_config):
     algorithm = {"type": "awm", "levels": "uniform", "num_levels": 2, "reference_penalty": 0.0, "slow_penalty": 0.0}
     built = trainer(write_config(algorithm=algorithm))
     assert built.algorithm.roles == {}
-    experience, velocity, *_ = built.collect(0)
+    found = built.collect(0)
+    experience, velocity = found.experience, found.velocity
     calls = []
     rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
     built.algorithm.loss("current", rows, lambda *a: calls.append(a[3]) or velocity(*a))
@@ -96,7 +100,7 @@ def test_a_penalty_of_zero_costs_no_pass(write_config):
 
 def test_minibatches_are_disjoint_whole_groups_that_cover_everything(write_config):
     built = trainer(write_config(train={"groups": 4, "group_size": 2}))
-    experience, *_ = built.collect(0)
+    experience = built.collect(0).experience
     shares = [built.algorithm.rows(experience, Update(seed=0, step=0, index=i)).sample.unique() for i in range(2)]
     assert sorted(torch.cat(shares).tolist()) == list(range(8))
     assert all(len(experience.group[share].unique()) == 2 for share in shares)
@@ -266,7 +270,8 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, mon
 
 def test_a_policy_gradient_through_a_velocity_that_is_not_finite_names_step_and_player(write_config, monkeypatch):
     built = trainer(write_config(algorithm={"type": "flow_grpo"}))
-    experience, velocity, *_ = built.collect(0)
+    found = built.collect(0)
+    experience, velocity = found.experience, found.velocity
     with pytest.raises(FloatingPointError, match=r"step 0, player 'current': gaussian_log_prob: row 0 is nan.*nothing was updated"):
         built.update(experience, lambda *a, **k: velocity(*a, **k) * float("nan"), Update(seed=0, step=0, index=0))
 

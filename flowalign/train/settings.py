@@ -1,0 +1,60 @@
+"""Sizes and rates of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flowalign.train.tables import StepRewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run trains. Sizes are of the whole job; how many devices share the work changes no result beyond rounding.
+
+    Attributes:
+        groups: Prompts of a step; each is the group of its samples.
+        group_size: Samples of a prompt; a multiple of the number of processes, which share each group equally.
+        rollout_batch_size: Samples of one call of the pipeline, on each device.
+        micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
+        learning_rate: Of AdamW, constant after the warm-up.
+        warmup: Optimizer updates with a linearly rising learning rate.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: Decay of an average of the weights that is saved instead of the last ones; null for none.
+        step_rewards: How estimators that reward steps value a state: "completion" scores the ODE's image from it, "prediction" the clean image
+            that the network predicts from it, which costs no pass but is blurred early.
+        checkpoint_every: Steps between checkpoints (the last step is always written).
+        keep_checkpoints: How many stay.
+        sample_every: Steps between grids of samples; 0 for none.
+        trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
+    """
+
+    groups: int = 8
+    group_size: int = 16
+    rollout_batch_size: int = 64
+    micro_batch_size: int = 64
+    learning_rate: float = 3e-4
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+    step_rewards: StepRewards = "completion"
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+    sample_every: int = 0
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and rates that cannot be meant."""
+        for name in ("groups", "group_size", "rollout_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"train.{name}: got {vars(self)[name]}, needed at least 1")
+        if self.group_size == 1:
+            raise ValueError("train.group_size: got 1; a group estimator compares the samples of a prompt, so needed at least 2")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("train.learning_rate and train.max_grad_norm must be positive")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")
