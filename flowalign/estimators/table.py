@@ -12,7 +12,8 @@ _HEAD = """\
 # Estimators
 
 From rewards to advantages. `advantage: NAME` in a configuration, or `{type: NAME, option: value}`; `flowalign.estimators.explain(NAME)` prints
-the chain of stages, and a list of `{stage: NAME, option: value}` makes a chain of your own. This page is written by
+the chain of stages, and a list of stages (`[combine_rewards, center, {stage: scale_by_std, ddof: 0, eps: 1e-4}, broadcast_steps]`) makes a chain of
+your own. This page is written by
 `python -m flowalign.estimators.table`, from the recipes themselves.
 
 In every recipe, statistics are float64 over the whole batch of all ranks; equal rewards are found by their range and give exactly 0 where the
@@ -23,7 +24,11 @@ eps), **zero mean** (in each group, at each step, each shared edge counted once)
 advantage), **local** (other groups do not matter), **zero when flat** (a group of equal rewards gets exactly 0). A claim that is not made has a
 counter-example in the tests.
 
-"Needs" are the tables of `RewardBatch` without which a recipe stops with a message; rewards outside its range are refused likewise.
+"Needs" are the tables of `RewardBatch` without which a recipe stops with a message; rewards outside its range are refused likewise. Training makes
+those that the chosen estimator needs, and no others: `log_prob` of the trained steps; `baseline`, the reward of the ODE's image from the same noise;
+`step_rewards`, the value of the state that each trained step starts from (`train.step_rewards`: "completion" by the ODE, or the network's "prediction");
+`metric`, the columns under `metrics:` (any reward, or `novelty`, an image's mean distance to the others of its group). `tree` and `anchor_id` come from
+rollouts that fork, which no algorithm has yet. Per-step tables need an algorithm that trains noisy steps (`flow_grpo`), `bpo` its `link: bounded_ratio`.
 
 | recipe | formula | when to use | invariances | needs | source |
 |---|---|---|---|---|---|
