@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, segment_key
+from flowalign.estimators.chain import Signal, Stage, State, pure, segment_key, statistics
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need, need_column
 from flowalign.estimators.segments import SegmentStats, segment_medians, segment_ranks, segment_stats
@@ -29,7 +29,7 @@ def _compare(signal: Signal, stats: SegmentStats, deviation: Tensor, flat: Tenso
 
 def _baseline(name: str, over: str, deviation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x, segment_key(signal, batch, over))
+        signal, stats = statistics(signal, batch, over)
         return _compare(signal, stats, deviation(signal.x, stats.rows(stats.mean), stats.rows(stats.count)))
 
     return pure(name, _SIGNATURE, apply)
@@ -124,7 +124,7 @@ def center_with_virtual(value: float = 1.0, *, num: int = 1) -> Stage:
         raise ValueError(f"num: got {num} virtual samples, needed 0 or more")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x, segment_key(signal, batch, "group"))
+        signal, stats = statistics(signal, batch, "group")
         mean, _, flat = with_virtual(stats, value, num) if num else (stats.mean, stats.m2, stats.is_flat())
         return _compare(signal, stats, signal.x - stats.rows(mean), flat)
 

@@ -140,6 +140,16 @@ class RewardBatch:
         """``group_id`` numbered from 0 in increasing order: sorted once, looked up by every stage."""
         return torch.unique(self.group_id, return_inverse=True)[1]
 
+    @cached_property
+    def samples(self) -> Tensor:
+        """The samples numbered in the order of the rows; a signal whose ``sample`` is this very tensor has one row for each."""
+        return torch.arange(len(self.rewards))
+
+    @cached_property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return int(self.group.max()) + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageBatch:

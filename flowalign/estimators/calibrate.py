@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key
+from flowalign.estimators.chain import Signal, Stage, pure, segment_key, statistics
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_column
 from flowalign.estimators.scale import Rule, divisor, quotient
@@ -43,7 +43,7 @@ def renormalise(over: str = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: 
     divisor(torch.zeros(0), eps=eps, rule=rule)  # refuse a wrong rule when the chain is built
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x, segment_key(signal, batch, over))
+        signal, stats = statistics(signal, batch, over)
         by = divisor(stats.variance(ddof=ddof), eps=eps, rule=rule)
         # Compared values of groups already sum to 0; the rounding of that sum must not lift exact zeros.
         mean = torch.where(stats.mean.abs() <= 1e-12 * torch.maximum(stats.minimum.abs(), stats.maximum.abs()), 0.0, stats.mean)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowalign.estimators.batch import AdvantageBatch, RewardBatch
 from flowalign.estimators.kinds import END, START, Signature
 from flowalign.estimators.needs import need, need_tree
-from flowalign.estimators.segments import compact
+from flowalign.estimators.segments import SegmentStats, compact, segment_stats
 from flowalign.estimators.spelling import unknown
 
 State = Mapping[str, Any]
@@ -31,6 +31,7 @@ class Signal:
         sample, step: ``[rows]`` int64, which sample (row of the batch) and step a row belongs to; step is 0 before credit is given.
         node: ``[rows]`` int64 where rows are nodes of the tree, else None; ``sample`` is then any sample of the node's prompt.
         raw: ``x`` as it was before the baseline, for scales over raw rewards.
+        known: Statistics that were computed already: of which table, over which segmentation.
         weight: ``[rows]`` float64.
         keep: ``[batch]`` bool.
         target: ``[rows]`` float64 or None.
@@ -45,6 +46,7 @@ class Signal:
     raw: Tensor | None = None
     target: Tensor | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
+    known: tuple[tuple[Tensor, str, SegmentStats], ...] = ()
 
     def note(self, **stats: float) -> Signal:
         """Add numbers to log."""
@@ -60,6 +62,7 @@ class Stage:
         signature: Kinds of signal it takes and gives.
         apply: From signal, batch and state to signal and new state; pure.
         init: Makes the state it begins with; a state is a mapping of tensors and numbers.
+        spreads: It repeats each sample's row for every step and does nothing else: as the last stage it is done while laying out.
         needs: Tables of the batch that it cannot do without, besides rewards and ids.
     """
 
@@ -68,6 +71,7 @@ class Stage:
     apply: Callable[[Signal, RewardBatch, State], tuple[Signal, State]]
     init: Callable[[], State] = dict
     needs: tuple[str, ...] = ()
+    spreads: bool = False
 
 
 def pure(name: str, signature: Signature, function: Callable[[Signal, RewardBatch], Signal], *, needs: tuple[str, ...] = ()) -> Stage:
@@ -90,6 +94,31 @@ def segment_key(signal: Signal, batch: RewardBatch, over: str) -> Tensor:
     if over not in _SEGMENTS:
         raise ValueError(f"over: {unknown('segmentation', over, _SEGMENTS)}")
     return _SEGMENTS[over](signal, batch)
+
+
+def statistics(signal: Signal, batch: RewardBatch, over: str, values: Tensor | None = None) -> tuple[Signal, SegmentStats]:
+    """Compute statistics over a segmentation, or look them up where an earlier stage did: a scale asks for what the baseline knew.
+
+    Args:
+        signal: The rows.
+        batch: Its tables.
+        over: See ``segment_key``.
+        values: ``[rows, rewards]``; None for ``signal.x``.
+
+    Returns:
+        The signal, which remembers them, and the statistics.
+    """
+    table = signal.x if values is None else values
+    for known, segmentation, stats in signal.known:
+        if known is table and segmentation == over:
+            return signal, stats
+    if over == "group" and signal.sample is batch.samples:
+        stats = segment_stats(table, batch.group, num=batch.num_groups)
+    elif over == "batch":
+        stats = segment_stats(table, torch.zeros_like(signal.sample), num=1)
+    else:
+        stats = segment_stats(table, segment_key(signal, batch, over))
+    return replace(signal, known=(*signal.known, (table, over, stats))), stats
 
 
 def _pair(first: Tensor, second: Tensor) -> Tensor:
@@ -198,17 +227,19 @@ class Estimator:
         rows = len(order)
         signal = Signal(
             x=ordered.rewards,
-            sample=torch.arange(rows),
+            sample=ordered.samples,
             step=torch.zeros(rows, dtype=torch.int64),
             weight=torch.ones(rows, dtype=torch.float64),
             keep=torch.ones(rows, dtype=torch.bool),
         )
         new: dict[str, State] = {}
-        for position, stage in enumerate(self.stages):
+        # The last stage usually repeats each sample's advantage for every step: cheaper while laying out than as 50 times the rows.
+        late = self.stages[-1].spreads
+        for position, stage in enumerate(self.stages[:-1] if late else self.stages):
             signal, after = stage.apply(signal, ordered, state.get(str(position), {}))
             if after:
                 new[str(position)] = after
-        return _collect(signal, ordered, torch.argsort(order)), new
+        return (_spread if late else _collect)(signal, ordered, torch.argsort(order)), new
 
 
 def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
@@ -218,6 +249,18 @@ def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
     tables = {name: value[order] for name, value in values.items() if isinstance(value, Tensor)}
     tree = batch.tree and replace(batch.tree, leaf_of_sample=batch.tree.leaf_of_sample[order])
     return RewardBatch(**tables, tree=tree)
+
+
+def _spread(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
+    """Repeat what the samples got for each of their steps; see ``_collect``."""
+    keep = signal.keep & scored_samples(signal, batch)
+    mask = None if batch.step_mask is None else batch.step_mask[back]
+
+    def table(values: Tensor, default: float) -> Tensor:
+        rows = torch.where(keep, values.float(), default)[back][:, None].expand(-1, batch.num_steps)
+        return rows.contiguous() if mask is None else torch.where(mask, rows, default)
+
+    return _result(signal, keep, table, back)
 
 
 def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
@@ -238,8 +281,12 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
         laid_out = laid_out if everything else torch.where(usable, laid_out, default)
         return laid_out if in_order else laid_out[back]
 
+    return _result(signal, keep, table, back)
+
+
+def _result(signal: Signal, keep: Tensor, table: Callable[[Tensor, float], Tensor], back: Tensor) -> AdvantageBatch:
     advantage = table(torch.nan_to_num(signal.x[:, 0]), 0.0)
-    stats = {**signal.stats, "kept": float(keep.double().mean()) if num else 0.0, "size": float(advantage.abs().mean()) if num else 0.0}
+    stats = {**signal.stats, "kept": float(keep.double().mean()), "size": float(advantage.abs().mean())}
     return AdvantageBatch(
         advantage=advantage,
         weight=table(signal.weight, 0.0),

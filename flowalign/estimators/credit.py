@@ -31,7 +31,7 @@ def broadcast_steps() -> Stage:
         step = torch.arange(steps).expand(len(signal.sample), -1).reshape(-1)
         return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
 
-    return pure("broadcast_steps", Signature(rows="sample -> step", rewards="one"), apply)
+    return replace(pure("broadcast_steps", Signature(rows="sample -> step", rewards="one"), apply), spreads=True)
 
 
 def _spread(value: Tensor, steps: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.estimators.baseline import with_virtual
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, segment_key
+from flowalign.estimators.chain import Signal, Stage, State, pure, statistics
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.segments import segment_starts, segment_stats
 
@@ -51,8 +51,7 @@ def scale_by_std(over: str = "group", *, of: Literal["raw", "residual"] = "raw",
     divisor(torch.zeros(0), eps=eps, rule=rule)  # refuse a wrong rule when the chain is built
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        values = signal.x if of == "residual" or signal.raw is None else signal.raw
-        stats = segment_stats(values, segment_key(signal, batch, over))
+        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else signal.raw)
         variance = stats.variance(ddof=ddof)
         by = stats.rows(divisor(variance, eps=eps, rule=rule))
         return replace(signal, x=quotient(signal.x, by)).note(std=float(variance.sqrt().mean()) if variance.numel() else 0.0)
@@ -79,7 +78,7 @@ def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: floa
     """
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x if signal.raw is None else signal.raw, segment_key(signal, batch, "group"))
+        signal, stats = statistics(signal, batch, "group", signal.raw)
         m2 = with_virtual(stats, value, num)[1] if num else stats.m2
         std = (m2 / (stats.count + num - ddof).clamp(min=1)).sqrt()
         return replace(signal, x=quotient(signal.x, stats.rows(std + eps)))
@@ -91,7 +90,7 @@ def scale_by_contrast() -> Stage:
     """Multiply by the share's inverse of the samples whose group has any contrast, so that flat groups do not shrink the mean gradient."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x if signal.raw is None else signal.raw, segment_key(signal, batch, "group"))
+        signal, stats = statistics(signal, batch, "group", signal.raw)
         known = ~torch.isnan(signal.x)
         lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
         factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
@@ -125,7 +124,7 @@ def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Sta
         raise ValueError(f"momentum: got {momentum}, needed a number in [0, 1)")
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
-        stats = segment_stats(signal.x if signal.raw is None else signal.raw, segment_key(signal, batch, "group"))
+        signal, stats = statistics(signal, batch, "group", signal.raw)
         rate = torch.where(stats.count > 0, stats.mean, torch.nan)
         # In the order of the first sample, so that the values of the ids do not decide the last bit.
         prompts = stats.rows(rate)[segment_starts(stats.index)]

@@ -49,12 +49,13 @@ class SegmentStats:
         return per_segment.index_select(0, self.index)  # several times faster than indexing
 
 
-def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> SegmentStats:
+def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *, num: int | None = None) -> SegmentStats:
     """Compute the statistics of every segment of rows.
 
     Args:
         x: One row per sample, node or step, one column per reward; NaN is left out.
         key: Rows with equal keys form a segment. Any int64, contiguous or not.
+        num: Number of segments, where the keys are known to be numbered from 0 without a gap.
 
     Returns:
         Statistics per segment, in increasing order of the key.
@@ -67,9 +68,8 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
         >>> stats.variance(ddof=1).flatten().tolist()
         [0.0, 2.0]
     """
-    index, num = compact(key)
+    index, num = compact(key) if num is None else (key, num)
     known = ~torch.isnan(x)
-    filled = torch.where(known, x, 0.0)
     complete = bool(known.all())
     filled = x if complete else torch.where(known, x, 0.0)
     size = torch.bincount(index, minlength=num)[:, None].to(x.dtype)

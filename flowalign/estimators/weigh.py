@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure
+from flowalign.estimators.chain import Signal, Stage, pure, statistics
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need, need_column
 from flowalign.estimators.segments import segment_stats
@@ -27,7 +27,7 @@ def keep_contrast() -> Stage:
     """Drop the groups in which every reward is flat: nothing can be learnt from them, and their only gradient is the penalty's."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        stats = segment_stats(signal.x, batch.group_id[signal.sample])
+        signal, stats = statistics(signal, batch, "group")
         keep = signal.keep & ~stats.rows(stats.is_flat()).all(1)
         return replace(signal, keep=keep)
 
