@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
 from flowalign.pipelines import lora_files
-from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, split, stack
+from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, num_bytes, split, stack
 from flowalign.pipelines.record import Probe, installed, run_probe
 from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
 from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
+
+CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class FlowPipeline:
             self.denoiser.float()
         self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
         self.module = self.denoiser
-        self._encoded: dict[str, tuple[Leaf, ...]] = {}
+        self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
         self._learnt: tuple[Layout, Replay] | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -118,7 +120,7 @@ class FlowPipeline:
         return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one once: what the denoiser is told besides latents and noise level.
+        """Encode prompts, each distinct one once (as long as 4 GiB hold them all): what the denoiser is told besides latents and noise level.
 
         Prompts are encoded one by one, so that a prompt's conditioning never depends on its batch mates, to the last bit.
 
@@ -136,7 +138,9 @@ class FlowPipeline:
         layout, replay = self._learn()
         distinct = list(dict.fromkeys(prompts))
         for prompt in distinct:
-            if prompt not in self._encoded:
+            if prompt in self._encoded:
+                self._encoded[prompt] = self._encoded.pop(prompt)
+            else:
                 calls = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
                 self._encoded[prompt] = tuple(
                     leaf
@@ -146,7 +150,12 @@ class FlowPipeline:
                 )
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
-        return stack(layout, [self._encoded[prompt] for prompt in distinct], index)
+        rows = [self._encoded[prompt] for prompt in distinct]
+        # Prompts of one pipeline are all of one size.
+        room = max(len(distinct), CACHE_BYTES // max(1, num_bytes(rows[0])))
+        for prompt in list(self._encoded)[: max(0, len(self._encoded) - room)]:
+            del self._encoded[prompt]
+        return stack(layout, rows, index)
 
     def sigmas(self, num_steps: int | None = None) -> Tensor:
         """Return the grid of the pipeline's own scheduler, ``[steps + 1]`` float32 on the CPU."""

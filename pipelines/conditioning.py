@@ -208,6 +208,11 @@ def _concatenated(parts: Sequence[Leaf]) -> Leaf:
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
+def num_bytes(leaves: tuple[Leaf, ...]) -> int:
+    """Count the memory of leaves."""
+    return sum(leaf.nbytes if isinstance(leaf, Tensor) else sum(t.nbytes for row in leaf for t in row) for leaf in leaves)
+
+
 def moved(leaves: tuple[Leaf, ...], device: torch.device | str) -> tuple[Leaf, ...]:
     """Move leaves to a device."""
     return tuple(leaf.to(device) if isinstance(leaf, Tensor) else [tuple(t.to(device) for t in row) for row in leaf] for leaf in leaves)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flowalign.pipelines.conditioning import Conditioning, join, learn, split
+from flowalign.pipelines import base
+from flowalign.pipelines.conditioning import Conditioning, join, learn, num_bytes, split
 from tests.pipelines.tiny import PROMPTS
 
 
@@ -106,6 +107,19 @@ def test_text_is_encoded_once_for_each_distinct_prompt(build, monkeypatch):
     flow.encode(["two"])
     assert texts == [["one"], ["two"]]
     assert first.leaves[0].shape[0] == 2
+
+
+def test_the_prompts_used_longest_ago_are_forgotten_when_memory_is_full(build, monkeypatch):
+    flow = build(4.5)
+    flow.encode(["one"])
+    size = num_bytes(flow._encoded["one"])
+    monkeypatch.setattr(base, "CACHE_BYTES", 3 * size)
+    flow.encode(["two", "three"])
+    flow.encode(["one", "four"])
+    assert list(flow._encoded) == ["three", "one", "four"]
+    # What one call needs is never too much.
+    assert len(flow.encode(["a", "b", "c", "d"])) == 4
+    assert list(flow._encoded) == ["a", "b", "c", "d"]
 
 
 def test_a_rollout_encodes_no_text_and_runs_no_reference(build, monkeypatch):
