@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from flowalign import config as configuration
@@ -107,19 +110,31 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
     accelerator = _accelerator(config, cpu=pipeline is not None and pipeline.device.type == "cpu")
     # Built first: a mistake in the configuration must not claim a folder.
     trainer = build_trainer(config, accelerator, pipeline=pipeline)
-    if accelerator.is_main_process:
-        claim_folder(config)
-    accelerator.wait_for_everyone()
-    if config.train.trackers:
-        accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
-    if config.train.sample_every:
-        trainer.after_step = _sample_grids(config, accelerator)
-    trainer.fit(config.steps)
-    if accelerator.is_main_process:
-        trainer.pipeline.save(config.output / "weights", trainer.result)  # type: ignore[attr-defined]
-        print(f"weights: {config.output / 'weights'}")
-    accelerator.end_training()
+    with _alone_in(config.output) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            claim_folder(config)
+        accelerator.wait_for_everyone()
+        if config.train.trackers:
+            accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
+        if config.train.sample_every:
+            trainer.after_step = _sample_grids(config, accelerator)
+        trainer.fit(config.steps)
+        if accelerator.is_main_process:
+            trainer.pipeline.save(config.output / "weights", trainer.result)  # type: ignore[attr-defined]
+            print(f"weights: {config.output / 'weights'}")
+        accelerator.end_training()
     return trainer
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process trains in. The lock is the operating system's and ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or choose another --output") from error
 
 
 def _check_trackers(names: Sequence[str]) -> None:

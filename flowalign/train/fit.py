@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -214,7 +215,7 @@ class Trainer:
         """Train up to ``steps`` steps in all, resuming from the run folder's newest whole checkpoint.
 
         Raises:
-            Interrupted: If asked to stop (Ctrl-C); the finished steps are saved, and the same call goes on.
+            Interrupted: If asked to stop (Ctrl-C or SIGTERM); the finished steps are saved, and the same call goes on.
             FloatingPointError: If a loss or gradient is not finite.
         """
         main = self.accelerator.is_main_process
@@ -259,18 +260,26 @@ def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after the step; a second one stops at once."""
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals reach the main thread alone
         return
 
+    previous: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, previous)
+        restore()
+        print("\nstopping after this step, its state is saved; the same again stops at once", file=sys.stderr, flush=True)
 
-    previous = signal.signal(signal.SIGINT, ask)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -70,6 +72,30 @@ def test_a_disk_that_fills_up_inside_safetensors_is_told_like_any_other(tmp_path
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         checkpoint.save(tmp_path, 1, {"a": torch.zeros(3)})
+
+
+def test_two_processes_do_not_train_in_one_folder(write_config):
+    path = write_config()
+    folder = load_config(str(path)).output
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="another process trains in this folder"):
+        run.train(str(path))
+    run.train(str(path), ["--steps", "1"])  # a lock that was left behind is none
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_is_answered_saved_and_gone_on_from(write_config, monkeypatch, capsys, number):
+    path = write_config()
+    honest = run.Trainer.step
+    monkeypatch.setattr(run.Trainer, "step", lambda trainer, step: (os.kill(os.getpid(), number), honest(trainer, step))[1])
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 3; the state is saved"):
+        run.train(str(path))
+    assert signal.getsignal(number) is before
+    assert "stopping after this step" in capsys.readouterr().err
+    monkeypatch.setattr(run.Trainer, "step", honest)
+    run.train(str(path))
+    assert [line["step"] for line in read_log(load_config(str(path)).output / "log.jsonl")] == [0, 1, 2]
 
 
 # -- refused before anything is claimed -----------------------------------------------------------------------------------------
