@@ -17,15 +17,16 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt: its text, its record (GenEval's or any columns), and an id that stays the same from run to run."""
+    """A prompt: its text, its record (GenEval's or any columns), an id that stays the same from run to run, and where it stands."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     uid: int
+    where: str = ""
 
 
-def number(records: Sequence[dict[str, Any]], where: str) -> list[Prompt]:
-    """Give records their ids: a hash of the text and of how often it came before.
+def number(records: Sequence[dict[str, Any]], where: str, places: Sequence[str] = ()) -> list[Prompt]:
+    """Give records their ids: a hash of the text and of how often it came before; ``places`` says where each stands.
 
     Raises:
         ValueError: If there are none.
@@ -34,10 +35,12 @@ def number(records: Sequence[dict[str, Any]], where: str) -> list[Prompt]:
         raise ValueError(f"{where}: no prompts there; needed at least one")
     seen: dict[str, int] = {}
     prompts = []
-    for record in records:
+    for row, record in enumerate(records):
         text = record["prompt"]
         seen[text] = seen.get(text, 0) + 1
-        prompts.append(Prompt(text=text, metadata=dict(record), uid=key("prompt", text, seen[text])))
+        prompts.append(
+            Prompt(text=text, metadata=dict(record), uid=key("prompt", text, seen[text]), where=places[row] if places else where)
+        )
     return prompts
 
 
@@ -52,7 +55,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise FileNotFoundError(f"{path}: no such prompt file")
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl (a record a line), not {path.suffix!r}")
-    records = []
+    records, places = [], []
     # Split as bytes: str.splitlines would also break at separators that are legal inside a JSON string.
     for line_number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -62,8 +65,9 @@ def read_prompts(path: Path) -> list[Prompt]:
                 f"{path}, line {line_number}: not UTF-8 (byte {raw[error.start]:#x} at position {error.start}); save it as UTF-8"
             ) from None
         if line.strip():
-            records.append({"prompt": line.strip()} if path.suffix == ".txt" else _record(line, f"{path}, line {line_number}"))
-    return number(records, str(path))
+            places.append(f"{path}, line {line_number}")
+            records.append({"prompt": line.strip()} if path.suffix == ".txt" else _record(line, places[-1]))
+    return number(records, str(path), places)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
 from flowalign.evaluate.suites import ShapesSuite
-from flowalign.generate import score_model
+from flowalign.generate import score_model, velocity_distance
 from flowalign.run import run_training
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
@@ -64,8 +64,19 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     print("3/3  the tuned model on the same prompts and noise")
     tuned = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     moved = _drift(suite, base, tuned)
+    distance = velocity_distance(pipeline, list(dict.fromkeys(record.prompt for record in tuned.records))[:64], trainer.result)
     phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
-    return _finish(output, config, base, tuned, moved, phases, time.monotonic() - began)
+    return _finish(output, config, base, tuned, moved, distance, phases, time.monotonic() - began)
+
+
+def _distance_row(distance: float) -> list[str]:
+    return [
+        "Velocity distance x 1000",
+        "0",
+        f"{1000 * distance:.1f}",
+        "",
+        "Mean squared difference to the base's velocities on held-out prompts",
+    ]
 
 
 def _drift(suite: ShapesSuite, base: Evaluation, tuned: Evaluation) -> drift.Drift:
@@ -81,6 +92,7 @@ def _finish(
     base: Evaluation,
     tuned: Evaluation,
     moved: drift.Drift,
+    distance: float,
     phases: dict[str, float],
     seconds: float,
 ) -> dict[str, Any]:
@@ -93,18 +105,19 @@ def _finish(
         "base": base.summary(),
         "tuned": tuned.summary(),
         "paired_difference": {measure: found.as_dict() for measure, found in differences.items()},
-        "drift": {**moved.as_dict(), "velocity_distance": log[-1]["metrics"].get("distance/reference")},
+        "drift": {**moved.as_dict(), "velocity_distance": distance},
         "seconds": round(seconds, 1),
         "seed": config.seed,
         "versions": versions(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report = write_report(output / "report.html", _report(config, base, tuned, moved, phases, log))
+    report = write_report(output / "report.html", _report(config, base, tuned, moved, distance, phases, log))
     print(f"\n{table(base, tuned)}\n")
     print(f"base   strict {base.scores().overall}   graded {base.scores('graded').overall}")
     print(f"tuned  strict {tuned.scores().overall}   graded {tuned.scores('graded').overall}")
     gained = differences["strict"]
     print(f"gain   strict {gained.overall} (paired, 95 % interval; sign-flip p = {gained.p_value:.4f})")
+    print(f"drift  mean squared velocity distance to the base {distance:.4f} on held-out prompts")
     print(f"report {report}\nLoRA   {config.output / 'weights'}\ntime   {seconds:.0f} s")
     return summary
 
@@ -114,6 +127,7 @@ def _report(
     base: Evaluation,
     tuned: Evaluation,
     moved: drift.Drift,
+    distance: float,
     phases: dict[str, float],
     log: list[dict[str, Any]],
 ) -> Report:
@@ -135,7 +149,7 @@ def _report(
         scores=score_rows(base, tuned),
         charts=charts,
         shares=shares,
-        tables=[Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=moved.rows())],
+        tables=[Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=[*moved.rows(), _distance_row(distance)])],
         command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
         versions=versions(),

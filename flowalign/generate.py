@@ -16,7 +16,9 @@ from tqdm import tqdm
 from flowalign import config as configuration
 from flowalign import images
 from flowalign.config import ConfigError
-from flowalign.core.algorithm import CURRENT
+from flowalign.core.algorithm import CURRENT, REFERENCE
+from flowalign.core.paths import interpolate
+from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation, compare, table
@@ -25,12 +27,14 @@ from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import find_config, load_config
 
 
-def generator_of(pipeline: FlowPipeline, num_steps: int, role: str = CURRENT) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
-    """Return what a suite calls for images: the ODE of a role of the pipeline from noise keyed by (noise id, k)."""
+def generator_of(
+    pipeline: FlowPipeline, num_steps: int, role: str = CURRENT, *, seed: int = 0
+) -> Callable[[list[str], list[tuple[int, int]]], Tensor]:
+    """Return what a suite calls for images: the ODE of a role of the pipeline from noise keyed by (seed, noise id, k)."""
 
     def generate(prompts: list[str], seeds: list[tuple[int, int]]) -> Tensor:
         ids, numbers = (torch.tensor(column) for column in zip(*seeds, strict=True))
-        x_init = normal(pipeline.event_shape, seed=0, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
+        x_init = normal(pipeline.event_shape, seed=seed, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
         cond = pipeline.encode(prompts)
         done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init, role=role)
         return pipeline.decode(done.x0)
@@ -52,6 +56,34 @@ def score_model(
         return run_suite(chosen, generate, batch_size=batch_size, seed=seed, keep_images=True, progress=progress)
 
 
+def velocity_distance(pipeline: FlowPipeline, prompts: Sequence[str], role: str, *, levels: Sequence[float] = (0.3, 0.6, 0.9)) -> float:
+    """Measure how far a role has moved from the base: mean squared difference of their velocities, a mean over elements.
+
+    Both see the base's own images of the prompts, noised to the same levels with the same noise; nothing else than the weights differs.
+
+    Args:
+        pipeline: Has the role and the reference.
+        prompts: Fixed prompts, one image of each.
+        role: The version that is measured.
+        levels: Noise levels, averaged over.
+    """
+    ids, zeros = torch.arange(len(prompts)), torch.zeros(len(prompts), dtype=torch.int64)
+
+    def draw(purpose: str) -> Tensor:
+        return normal(pipeline.event_shape, seed=0, purpose=purpose, step=0, prompts=ids, samples=zeros).to(pipeline.device)
+
+    with torch.no_grad():
+        cond = pipeline.encode(list(prompts))
+        x_init = draw("evaluate")
+        x0 = pipeline.rollout(cond, ode(pipeline.num_steps), x_init=x_init, noise=lambda step: x_init, role=REFERENCE).x0
+        found = []
+        for level in levels:
+            sigma = torch.full((len(prompts),), level, device=pipeline.device)
+            x = interpolate(x0, draw(f"drift {level}"), sigma)
+            found.append(velocity_mse(pipeline.velocity(x, sigma, cond, role), pipeline.velocity(x, sigma, cond, REFERENCE)).mean())
+    return float(torch.stack(found).mean())
+
+
 def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -> tuple[Any, FlowPipeline]:
     """Load a model as the run did that trained it or its LoRA, else with the family's defaults.
 
@@ -66,8 +98,11 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     from flowalign.pipelines import lora_files, sd3
     from flowalign.pipelines.roles import LoRA
 
-    places = [Path(model).parent] if lora is None else [lora, lora.parent]
-    run = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    if lora is None and (Path(model) / "weights").is_dir() and (Path(model) / "config.yaml").is_file():
+        raise ConfigError(
+            f"{model}: is a run; name the model that it trained and the run as --lora {model}, or the full model {model}/weights"
+        )
+    run = _run_of(Path(model) if lora is None else lora)
     # The shipped pipeline is evaluated as its own configuration runs it.
     run = find_config("shapes_awm") if run is None and model == "shapes" else run
     settings = sd3.Config(model=model) if run is None else load_config(str(run)).pipeline
@@ -80,6 +115,13 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     built = settings.build(device=Accelerator().device)
     built.load_lora(weights)
     return settings, built
+
+
+def _run_of(weights: Path) -> Path | None:
+    """Find the configuration of the run that weights come from: a run folder, its ``weights``, or a file in there."""
+    folder = weights.parent if weights.is_file() else weights
+    run = folder.resolve().parent if folder.name == "weights" else folder
+    return run / "config.yaml" if folder.is_dir() and (run / "config.yaml").is_file() else None
 
 
 def evaluate(
@@ -105,7 +147,7 @@ def evaluate(
         other = replace(settings, model=against, lora=None).build(device=evaluated.device)
         base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
     elif lora is not None:
-        base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role="reference")
+        base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
     if base is not None:
         differences = {measure: found.as_dict() for measure, found in compare(base, tuned).items()}
         result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
@@ -138,8 +180,8 @@ def sample(
         raise ConfigError("sample: give at least one prompt")
     _, pipeline = open_model(model, lora, num_steps=num_steps)
     texts = [text for text in prompts for _ in range(num_images)]
-    seeds = [(seed + row, k) for row in range(len(prompts)) for k in range(num_images)]
-    made = generator_of(pipeline, pipeline.num_steps)(texts, seeds)
+    seeds = [(row, k) for row in range(len(prompts)) for k in range(num_images)]
+    made = generator_of(pipeline, pipeline.num_steps, seed=seed)(texts, seeds)
     scale = max(1, 256 // made.shape[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(images.grid(made, num_images, captions=texts, scale=scale), output)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from flowalign import config as configuration
-from flowalign import estimators, images
+from flowalign import data, estimators, images
 from flowalign.config import ConfigError
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
@@ -25,17 +25,21 @@ from flowalign.train.scoring import NamedReward
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Build every part of a run."""
-    draw = config.prompts.sampler(config.seed, config.train.groups)
+    prompts = config.prompts.load(config.seed)
+    draw = config.prompts.sampler(prompts, config.seed, config.train.groups)
     rewards = [
         NamedReward(name=name, reward=entry.reward.build(), may_skip=entry.may_skip)
         for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True)
     ]
+    _check_prompts(rewards, prompts)
     estimator = _estimator(config.advantage, [entry.weight for entry in config.rewards])
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
     if minibatches > config.train.groups:
         raise ConfigError(
             f"algorithm.num_minibatches: {minibatches} minibatches of whole groups need as many train.groups, got {config.train.groups}"
         )
+    if getattr(config.pipeline, "dtype", "") == "float16":
+        raise ConfigError("pipeline.dtype: gradients of 1e-9 vanish in float16; train in bfloat16 or float32 (float16 is for evaluation)")
     built = pipeline or config.pipeline.build(device=accelerator.device, seed=config.seed)
     if built.device.type != accelerator.device.type:
         raise ValueError(
@@ -53,6 +57,17 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         folder=config.output,
         accelerator=accelerator,
     )
+
+
+def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt]) -> None:
+    """Let rewards that read records refuse them before anything is sampled."""
+    for entry in rewards:
+        check = getattr(entry.reward, "check", None)
+        for prompt in prompts if check is not None else ():
+            try:
+                check(prompt.metadata)
+            except ValueError as error:
+                raise ConfigError(f"{prompt.where}: reward {entry.name!r} cannot score {prompt.text!r}: {error}") from error
 
 
 def _estimator(spec: Any, weights: list[float]) -> Any:

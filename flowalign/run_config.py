@@ -55,9 +55,9 @@ class PromptsConfig:
         prompts = data.read_prompts(Path(self.source))
         return prompts[: self.num]
 
-    def sampler(self, seed: int, num: int) -> Callable[[int], list[data.Prompt]]:
-        """Load the prompts and return the function from a step to its ``num`` prompts."""
-        prompts, weights = self.load(seed), self.tag_weights
+    def sampler(self, prompts: list[data.Prompt], seed: int, num: int) -> Callable[[int], list[data.Prompt]]:
+        """Return the function from a step to its ``num`` prompts."""
+        weights = self.tag_weights
         if len(prompts) < num:
             raise ConfigError(f"train.groups: a step takes {num} prompts, but there are {len(prompts)}; lower it or add prompts")
         if weights is None:
@@ -121,8 +121,8 @@ class RunConfig:
         """Refuse a run that cannot begin."""
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, needed at least 1")
-        if not self.rewards:
-            raise ValueError("rewards: got none, needed at least one")
+        if not any(entry.weight > 0 for entry in self.rewards):
+            raise ValueError("rewards: got none of positive weight, needed at least one")
 
 
 def find_config(name: str) -> Path:
@@ -142,8 +142,12 @@ def find_config(name: str) -> Path:
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and decode a configuration."""
-    raw = configuration.override(configuration.read_yaml(find_config(name)), overrides)
-    decoded: RunConfig = configuration.decode(RunConfig, raw)
+    path = find_config(name)
+    raw = configuration.override(configuration.read_yaml(path), overrides)
+    try:
+        decoded: RunConfig = configuration.decode(RunConfig, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return decoded
 
 
@@ -166,6 +170,11 @@ def claim_folder(config: RunConfig) -> bool:
         if changed:
             raise ConfigError(
                 f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"
+            )
+        done = max((int(folder.name.removeprefix("step_")) for folder in (config.output / "checkpoints").glob("step_*[0-9]")), default=0)
+        if done > config.steps:
+            raise ConfigError(
+                f"steps: got {config.steps}, but {config.output} holds a run of {done} steps already; choose another --output"
             )
     existed = path.is_file()
     config.output.mkdir(parents=True, exist_ok=True)

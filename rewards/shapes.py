@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowalign.shapes.verifier import verify
+from flowalign.shapes.verifier import check_record, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,10 @@ class ShapesReward:
     """See ``Config``."""
 
     config: Config
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Refuse a prompt's record that cannot be verified, before anything is sampled."""
+        check_record(record)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> ShapesScores:
         """Score images ``[batch, 3, 32, 32]`` against GenEval metadata of the shapes world.

@@ -15,6 +15,8 @@ from flowalign.core.links import bounded_ratio, clipped_mask, ppo_clip
 from flowalign.core.penalties import scaled_kernel_kl
 from flowalign.core.plans import Plan, chain
 
+USUAL_NOISE: Mapping[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "ddim": 1.0, "cps": 0.8}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -22,7 +24,7 @@ class Config:
 
     Attributes:
         kernel: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO), "ddim" or "cps" (Flow-CPS).
-        noise_level: The kernel's noise: 0.7 for Flow-SDE on SD3, 0.3 (eta) for Dance, 1.0 (eta) for DDIM, 0.8 for CPS.
+        noise_level: The kernel's noise; null for what is usual: 0.7 for Flow-SDE, 0.3 (eta) for Dance, 1.0 (eta) for DDIM, 0.8 for CPS.
         link: "ppo_clip", or "bounded_ratio" for estimators that give ratios to reach (bpo, with eps_low and eps_high of the size of a clip).
         clip: PPO clip of the ratio of mean log-probs (a mean over latent elements: 1e-4 is a published value).
         advantage_clip: Advantages are clipped to this size.
@@ -30,13 +32,13 @@ class Config:
         kl_unit: "gaussian" is the true Gaussian KL, a mean over elements; "scaled" multiplies it by the step's change of sigma, as the
             released code does (its 0.04 stands for about 0.004 of the true KL).
         log_prob: "gaussian" is the density; "unit" drops 1 / (2 std^2), as the released CPS code does.
-        train_last: Train the last step too, where the kernel has noise there.
+        train_last: Train the last step too; for the kernels that have noise there, flow_sde and dance_sde.
         num_epochs: Passes over a rollout.
         num_minibatches: Updates of a pass, each on its own groups; released code: 2, so that the second is off-policy.
     """
 
     kernel: Literal["flow_sde", "dance_sde", "ddim", "cps"] = "flow_sde"
-    noise_level: float = 0.7
+    noise_level: float | None = None
     link: Literal["ppo_clip", "bounded_ratio"] = "ppo_clip"
     clip: float = 1e-4
     advantage_clip: float = 5.0
@@ -49,21 +51,19 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        if self.noise_level <= 0:
+        if self.noise_level is not None and self.noise_level <= 0:
             raise ValueError(f"noise_level: got {self.noise_level}, needed a positive value (without noise there is no log-prob; use awm)")
         if self.clip <= 0 or self.advantage_clip <= 0 or self.kl_penalty < 0:
             raise ValueError("clip and advantage_clip must be positive and kl_penalty not negative")
         if self.num_epochs < 1 or self.num_minibatches < 1:
             raise ValueError("num_epochs and num_minibatches must be at least 1")
+        if self.train_last and self.kernel in ("ddim", "cps"):
+            raise ValueError(f"train_last: the last step of {self.kernel} has no noise, so no log-prob; leave it false")
 
     def build(self) -> FlowGRPO:
         """Make the algorithm."""
-        kernels: dict[str, Kernel] = {
-            "flow_sde": FlowSDE(self.noise_level),
-            "dance_sde": DanceSDE(self.noise_level),
-            "ddim": DDIM(self.noise_level),
-            "cps": CPS(self.noise_level),
-        }
+        level = USUAL_NOISE[self.kernel] if self.noise_level is None else self.noise_level
+        kernels: dict[str, Kernel] = {"flow_sde": FlowSDE(level), "dance_sde": DanceSDE(level), "ddim": DDIM(level), "cps": CPS(level)}
         return FlowGRPO(self, kernels[self.kernel])
 
 

@@ -31,6 +31,7 @@ class Experience:
 
     Shapes:
         advantage, weight: ``[batch, T]`` float32; T is 1, or the number of trained steps of the plan.
+        keep: ``[batch]`` bool, False for samples that could not be scored or were filtered out: no loss is taken of them.
         target: ``[batch, T]`` float32, where the estimator gives ratios to reach.
         prompt: ``[batch]`` int64, the prompt's stable id.
         group: ``[batch]`` int64, position of the sample's group among the step's groups, over all ranks.
@@ -43,6 +44,7 @@ class Experience:
     prompt: Tensor
     group: Tensor
     sample: Tensor
+    keep: Tensor
     target: Tensor | None = None
 
 

@@ -52,7 +52,10 @@ def _call(what: str, make: Any, options: Mapping[str, Any], known: Sequence[str]
     wrong = next((key for key in options if key not in known), None)
     if wrong is not None:
         raise ValueError(f"{what}: {unknown('option', wrong, known)}")
-    return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    try:
+        return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def recipe(name: str, **options: Any) -> Estimator:

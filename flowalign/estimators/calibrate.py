@@ -55,7 +55,7 @@ def renormalise(over: str = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: 
 
 def sign() -> Stage:
     """Keep only the sign: 1, 0 or -1."""
-    return pure("sign", _CALIBRATE, lambda signal, batch: replace(signal, x=torch.sign(signal.x)))
+    return pure("sign", _CALIBRATE, lambda signal, batch: replace(signal, x=torch.where(signal.x.isnan(), signal.x, torch.sign(signal.x))))
 
 
 def keep_side(side: Literal["positive", "negative"]) -> Stage:

@@ -63,7 +63,8 @@ class Stage:
         apply: From signal, batch and state to signal and new state; pure.
         init: Makes the state it begins with; a state is a mapping of tensors and numbers.
         spreads: It repeats each sample's row for every step and does nothing else: as the last stage it is done while laying out.
-        needs: Tables of the batch that it cannot do without, besides rewards and ids.
+        needs: Tables of the batch that it cannot do without, besides rewards and ids; "step_judge" where ``step_rewards`` must judge steps
+            and not value states.
     """
 
     name: str

@@ -68,7 +68,7 @@ def take_step_rewards() -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return to_steps(signal, batch, need(batch, "step_rewards", "take_step_rewards"))
 
-    return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply, needs=("step_rewards",))
+    return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply, needs=("step_rewards", "step_judge"))
 
 
 def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: float = 0.5) -> Stage:

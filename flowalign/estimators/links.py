@@ -18,7 +18,7 @@ LINKS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
         "forward_kl": lambda log_u, alpha: -torch.exp(-log_u),
         # log(2 u / (1 + u)) in a form that overflows on neither side.
         "jensen_shannon": lambda log_u, alpha: math.log(2.0) - torch.nn.functional.softplus(-log_u),
-        "total_variation": lambda log_u, alpha: torch.sign(log_u) / 2,
+        "total_variation": lambda log_u, alpha: torch.where(log_u.isnan(), log_u, torch.sign(log_u) / 2),
         "chi_square": lambda log_u, alpha: 1 - torch.exp(-2 * log_u),
         "alpha": lambda log_u, alpha: -torch.expm1(-alpha * log_u) / alpha,
     }

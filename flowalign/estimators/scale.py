@@ -26,6 +26,8 @@ def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
         eps: Keeps the quotient finite ...
         rule: ... added to the std ("add"), as its least value ("floor"), or added to the variance ("rsqrt").
     """
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}, needed a number of at least 0 (a negative one turns signs around)")
     if rule not in ("add", "floor", "rsqrt"):
         raise ValueError(f"rule: got {rule!r}, needed 'add', 'floor' or 'rsqrt'")
     if rule == "add":

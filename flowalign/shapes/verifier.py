@@ -122,6 +122,32 @@ def _relation_holds(subject: Tensor, target: Tensor, relation: Tensor) -> Tensor
     return torch.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5], dim=-1).gather(-1, relation[..., None]).squeeze(-1)
 
 
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuse a record that cannot be verified.
+
+    Raises:
+        ValueError: If it is not GenEval metadata of the shapes world; says what is wrong with it.
+
+    Examples:
+        >>> check_record({"include": [{"class": "moon"}]})
+        Traceback (most recent call last):
+        ValueError: include[0]: got {'class': 'moon'}, needed a 'class' and a 'count' of at least 1
+    """
+    clauses = record.get("include")
+    if not isinstance(clauses, Sequence) or isinstance(clauses, str):
+        raise ValueError("it has no GenEval metadata ('include', a list of clauses); use prompts of the shapes world")
+    for position, clause in enumerate(clauses):
+        count = clause.get("count") if isinstance(clause, Mapping) else None
+        if not isinstance(count, int) or count < 1 or not isinstance(clause.get("class"), str):
+            raise ValueError(f"include[{position}]: got {clause!r}, needed a 'class' and a 'count' of at least 1")
+        place = clause.get("position", ["", 0])
+        if not isinstance(place, Sequence) or isinstance(place, str) or len(place) != 2:
+            raise ValueError(
+                f"include[{position}].position: got {place!r}, needed a relation and a clause's number, such as ['left of', 0]"
+            )
+    _tabulate([record])
+
+
 def _tabulate(metadata: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes, counts and colours ``[batch, 2]`` and relation ``[batch]``; -1 where the prompt does not say."""
     shape, count, color, relation = [], [], [], []

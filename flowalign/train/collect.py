@@ -79,6 +79,8 @@ class Collector:
                 f"train.group_size: {self.config.group_size} samples of a prompt cannot be shared equally by {world} processes; "
                 f"use a multiple of {world}"
             )
+        if self.config.group_size == 1 and "baseline" not in self.estimator.needs:
+            raise ValueError("train.group_size: got 1; a group estimator compares the samples of a prompt, so needed at least 2")
         check_needs(self.estimator.needs, self.algorithm.plan(0, self.pipeline.num_steps), len(self.metrics))
         self.state = self.estimator.init()
 
@@ -104,13 +106,16 @@ class Collector:
             )
             names, measured = self._measure(sampled)
         with self.clock.phase("advantage"):
-            everyone = self._gather(names, flat, group, table, {**extra, **measured})
+            # Ids are unique over the run and groups are prompts: estimators with a memory meet them again.
+            number = step * config.groups * config.group_size + flat
+            everyone = self._gather(names, number, uid, table, {**extra, **measured})
             advantages, self.state = self.estimator.update(everyone, self.state)
         # Rank r holds rows r, r + world, ...; the gathered rows are sorted by id, which is the flat index.
         experience = Experience(
             trajectory=sampled.trajectory,
             advantage=advantages.advantage[flat],
             weight=advantages.weight[flat],
+            keep=advantages.keep[flat],
             target=None if advantages.target is None else advantages.target[flat],
             prompt=uid,
             group=group,
@@ -170,7 +175,7 @@ class Collector:
             gathered["metric"] = torch.cat(columns, 1)
         return tuple(names), gathered
 
-    def _gather(self, names: Sequence[str], flat: Tensor, group: Tensor, table: RewardTable, tables: dict[str, Tensor]) -> RewardBatch:
+    def _gather(self, names: Sequence[str], number: Tensor, prompt: Tensor, table: RewardTable, tables: dict[str, Tensor]) -> RewardBatch:
         """Join the tables of all ranks, sorted by id: nothing that is compared may be rank-local."""
 
         def gathered(values: Tensor) -> Tensor:
@@ -179,9 +184,9 @@ class Collector:
             everyone: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
             return everyone.cpu()
 
-        uid = gathered(flat)
+        uid = gathered(number)
         order = torch.argsort(uid)
-        tables = {"rewards": table.values, "group_id": group, **tables}
+        tables = {"rewards": table.values, "group_id": prompt, **tables}
         if table.clauses is not None and table.clauses_valid is not None:
             tables |= {"clauses": table.clauses, "clauses_valid": table.clauses_valid}
         joined: dict[str, Any] = {name: gathered(values)[order] for name, values in tables.items()}

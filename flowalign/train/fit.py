@@ -111,11 +111,13 @@ class Trainer:
             if len(rows) == 0:
                 raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
             try:
-                sums = self._backward(player, rows, velocity)
+                sums, count = self._backward(player, rows, velocity, experience.keep)
             except FloatingPointError as error:
                 raise self._diverged(player, update.step, str(error)) from error
             norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-            means = self._mean_over_ranks(sums, len(rows))
+            if count == 0:
+                continue  # every sample was filtered out: nothing to learn, and no momentum to follow
+            means = self._mean_over_ranks(sums, count)
             self._check_finite(player, update.step, means["loss"], norm)
             number = update.key(self.algorithm.num_updates) + 1
             for options in self.optimizer.param_groups:
@@ -125,20 +127,32 @@ class Trainer:
             logged |= {**means, "grad_norm": norm}
         return logged
 
-    def _backward(self, player: str, rows: Rows, velocity: Velocity) -> dict[str, Tensor]:
-        """Accumulate the gradient of the mean loss over all rows; micro-batches only bound the memory."""
+    def _backward(self, player: str, rows: Rows, velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
+        """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
+
+        Returns:
+            Sums over this rank's kept rows, and the number of kept rows a rank, on average over the ranks.
+        """
+        kept = keep.to(rows.sample.device)[rows.sample]
+        count = self._average(float(kept.sum()))
         parts = rows.split(self.config.micro_batch_size)
+        masks = kept.split([len(part) for part in parts])
         sums: dict[str, Tensor] = {}
-        for number, part in enumerate(parts):
+        for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.pipeline.module):
                 loss = self.algorithm.loss(player, part, velocity)
-                self.accelerator.backward(loss.value.sum() / len(rows))
+                self.accelerator.backward((loss.value * mask.to(loss.value)).sum() / max(count, 1.0))
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.sum()
-        return sums
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + (value * mask.to(value)).sum()
+        return sums, count
 
-    def _mean_over_ranks(self, sums: Mapping[str, Tensor], num_rows: int) -> dict[str, float]:
+    def _average(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
+
+    def _mean_over_ranks(self, sums: Mapping[str, Tensor], num_rows: float) -> dict[str, float]:
         names = sorted(sums)
         means = torch.stack([sums[name] for name in names]) / num_rows
         if self.accelerator.num_processes > 1:
@@ -171,11 +185,11 @@ class Trainer:
                 self.pipeline.roles.blend(role, decay(step))
             if self.config.ema_decay is not None:
                 self.pipeline.roles.blend(AVERAGE, ema_warmup(self.config.ema_decay)(step))
-        names = logged[0].keys()
-        metrics = {name: sum(line[name] for line in logged) / len(logged) for name in names}
+        made = [line for line in logged if line]  # an update whose samples were all filtered out logs nothing
+        metrics = {name: sum(line[name] for line in made) / len(made) for name in (made[0] if made else {})}
         if "ratio_gap" in metrics:
             # On-policy only before the first update: there a gap is the rollout and the replay disagreeing.
-            metrics["ratio_gap_first"] = logged[0]["ratio_gap"]
+            metrics["ratio_gap_first"] = made[0]["ratio_gap"]
         line = {
             "step": step,
             "images": len(found.rewards.values),
@@ -183,7 +197,7 @@ class Trainer:
             "reward_std": found.rewards.stds(),
             **({"metric": found.metrics.means()} if found.metrics.names else {}),
             "advantage": dict(found.advantages.stats),
-            "grad_norm": metrics.pop("grad_norm"),
+            "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
         }
         if self.after_step is not None:

@@ -96,6 +96,8 @@ def status(line: Mapping[str, Any]) -> str:
         for name in ("distance/reference", "kl/reference", "ratio", "clip_fraction")
         if name in metrics
     ]
+    if "ratio_gap_first" in metrics:
+        shown.append(f"gap {metrics['ratio_gap_first']:.1e}")
     spent = line["time_s"]
     shares = " ".join(f"{name} {100 * spent[name] / spent['total']:.0f}%" for name in ("rollout", "reward", "train") if name in spent)
     speed = f"{line['images'] / spent['total']:.1f} images/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ class TrainConfig:
 
     Attributes:
         groups: Prompts of a step; each is the group of its samples.
-        group_size: Samples of a prompt; a multiple of the number of processes, which share each group equally.
+        group_size: Samples of a prompt; 1 only for estimators with a baseline of their own (remax); a multiple of the number of processes, which share each group equally.
         rollout_batch_size: Samples of one call of the pipeline, on each device.
         micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
         learning_rate: Of AdamW, constant after the warm-up.
@@ -52,9 +53,12 @@ class TrainConfig:
         for name in ("groups", "group_size", "rollout_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
             if vars(self)[name] < 1:
                 raise ValueError(f"train.{name}: got {vars(self)[name]}, needed at least 1")
-        if self.group_size == 1:
-            raise ValueError("train.group_size: got 1; a group estimator compares the samples of a prompt, so needed at least 2")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("train.learning_rate and train.max_grad_norm must be positive")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < vars(self)[name] < math.inf:
+                raise ValueError(f"train.{name}: got {vars(self)[name]}, needed a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"train.weight_decay: got {self.weight_decay}, needed a number of at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas: got {list(self.betas)}, needed two values in [0, 1)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")

@@ -58,6 +58,11 @@ def check_needs(needs: Collection[str], plan: Plan, num_metrics: int) -> None:
         )
     if "metric" in needs and not num_metrics:
         raise ValueError(f"advantage: needs a metric, but the run has none; add `metrics: [{NOVELTY}]` or `metrics: [{{reward: ...}}]`")
+    if "step_judge" in needs:
+        raise ValueError(
+            "advantage: needs a judge's reward for each step, and training has only values of the states that steps start from; "
+            "choose a recipe that takes their differences, such as spo_chain or turning_point"
+        )
     for table in sorted({"anchor_id", "tree"} & set(needs)):
         raise ValueError(f"advantage: needs {table}, which only a rollout that forks has; choose another recipe")
 

@@ -7,10 +7,12 @@ import torch
 
 from flowalign.algorithms import awm, flow_grpo
 from flowalign.core.algorithm import Experience, Update
+from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE
 from flowalign.core.rollout import Trajectory, rollout
 
 SIGMAS = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.0])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
+KEPT = torch.ones(6, dtype=torch.bool)
 ADVANTAGE = torch.tensor([1.5, -0.5, -1.0, 0.25, 9.0, -9.0])
 SLOPE = {"current": 0.7, "reference": 0.4, "ema": 0.9}
 
@@ -24,7 +26,9 @@ def velocities(current=SLOPE["current"]):
 def experience(trajectory, weight=None):
     advantage = ADVANTAGE[:, None]
     ones = torch.ones_like(advantage) if weight is None else weight[:, None]
-    return Experience(trajectory=trajectory, advantage=advantage, weight=ones, prompt=100 + GROUP, group=GROUP, sample=torch.arange(6) % 3)
+    return Experience(
+        trajectory=trajectory, advantage=advantage, weight=ones, keep=KEPT, prompt=100 + GROUP, group=GROUP, sample=torch.arange(6) % 3
+    )
 
 
 def images():
@@ -196,8 +200,21 @@ def test_an_advantage_for_each_step_reaches_its_step():
     built = flow_config()
     done = sampled("flow_sde")
     table = torch.arange(18.0).view(6, 3) / 10 - 0.9
-    given = Experience(trajectory=done, advantage=table, weight=torch.ones(6, 3), prompt=GROUP, group=GROUP, sample=torch.arange(6) % 3)
+    given = Experience(
+        trajectory=done, advantage=table, weight=torch.ones(6, 3), keep=KEPT, prompt=GROUP, group=GROUP, sample=torch.arange(6) % 3
+    )
     rows = built.rows(given, Update(seed=0, step=0, index=0))
     assert rows["advantage"].tolist() == pytest.approx(
         [float(table[s, int((level == SIGMAS).nonzero())]) for s, level in zip(rows.sample.tolist(), rows["sigma"], strict=True)]
     )
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "cps"])
+def test_a_last_step_without_noise_is_not_trained(kernel):
+    with pytest.raises(ValueError, match=f"the last step of {kernel} has no noise"):
+        flow_grpo.Config(kernel=kernel, train_last=True)
+
+
+def test_each_kernel_has_its_usual_noise():
+    found = {kernel: flow_grpo.Config(kernel=kernel).build().kernel for kernel in ("flow_sde", "dance_sde", "ddim", "cps")}
+    assert found == {"flow_sde": FlowSDE(0.7), "dance_sde": DanceSDE(0.3), "ddim": DDIM(1.0), "cps": CPS(0.8)}

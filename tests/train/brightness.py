@@ -13,6 +13,7 @@ class Scores:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     broken: str = ""
+    binary: bool = False
 
     def build(self):
         return Reward(self)
@@ -25,6 +26,8 @@ class Reward:
 
     def __call__(self, images, prompts, metadata):
         values = images.double().mean((1, 2, 3))
+        if self.config.binary:
+            values = (values > values.median()).double()
         if self.config.broken == "nan":
             values[1] = float("nan")
         if self.config.broken == "length":

@@ -111,6 +111,12 @@ def test_a_mistake_in_any_part_claims_no_folder(write_config):
     assert not load_config(str(write_config())).output.exists()
 
 
+def test_a_group_of_one_is_for_estimators_with_a_baseline_of_their_own(write_config):
+    train = {"groups": 2, "group_size": 1, "learning_rate": 1e-2}
+    path = write_config(train=train, algorithm={"type": "flow_grpo", "num_minibatches": 1}, advantage="remax")
+    run.build_trainer(load_config(str(path)), Accelerator()).step(0)
+
+
 @pytest.mark.parametrize(
     ("advantage", "message"),
     [
@@ -169,6 +175,31 @@ def test_a_pipeline_on_another_device_than_accelerates_is_refused(write_config, 
         run.run_training(config, pipeline=config.pipeline.build(seed=0))
 
 
+def test_fewer_steps_than_a_run_has_are_refused(write_config):
+    path = write_config()
+    run.train(str(path), ["--steps", "2"])
+    with pytest.raises(ValueError, match="steps: got 1, but .* holds a run of 2 steps already"):
+        run.train(str(path), ["--steps", "1"])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a"}, "it has no GenEval metadata"),
+        ({"prompt": "a", "include": [{"cls": "circle", "count": 1}]}, r"include\[0\]: got .*, needed a 'class' and a 'count'"),
+        ({"prompt": "a", "include": [{"class": "circle", "count": "x"}]}, r"include\[0\]: got"),
+        ({"prompt": "a", "include": [{"class": "whale", "count": 1}]}, "metadata: class 'whale' is not in the shapes world"),
+    ],
+)
+def test_a_record_that_a_reward_cannot_read_is_named_by_its_line_before_anything_is_sampled(write_config, tmp_path, record, message):
+    good = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in (good, record)) + "\n")
+    path = write_config(prompts={"source": str(tmp_path / "prompts.jsonl")}, rewards=[{"reward": "shapes"}])
+    with pytest.raises(ValueError, match=f"prompts.jsonl, line 2: reward 'shapes' cannot score 'a': {message}"):
+        run.train(str(path))
+    assert not load_config(str(path)).output.exists()
+
+
 # -- evaluate and sample --------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +232,32 @@ def test_two_models_are_compared_with_one_models_settings(write_config, model, m
     assert base is not tuned
     assert base.num_steps == tuned.num_steps == 4
     assert result["base"]["strict"] == generate.evaluate(str(model), lora=folder, **SMALL)["base"]["strict"]
+
+
+def test_a_configuration_that_happens_to_lie_around_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("my: 1\n")
+    monkeypatch.chdir(tmp_path)
+    settings, _ = generate.open_model("shapes", None)
+    assert settings.num_steps == 8
+
+
+def test_a_file_of_weights_brings_the_settings_of_its_run_and_a_run_is_no_model(write_config, model):
+    path = write_config(steps=1)
+    run.train(str(path))
+    folder = load_config(str(path)).output
+    settings, _ = generate.open_model(str(model), folder / "weights" / "pytorch_lora_weights.safetensors")
+    assert settings.num_steps == 4
+    with pytest.raises(ValueError, match=f"is a run; name the model that it trained and the run as --lora {folder}"):
+        generate.open_model(str(folder), None)
+
+
+def test_the_distance_to_the_base_is_0_before_training_and_that_of_the_role_after(write_config):
+    config = load_config(str(write_config(steps=2)), ["--train.ema_decay", "0.9"])
+    pipeline = config.pipeline.build(seed=0)
+    assert generate.velocity_distance(pipeline, ["a", "b"], "current") == 0
+    trainer = run.run_training(config, pipeline=pipeline)
+    last, average = (generate.velocity_distance(pipeline, ["a", "b"], role) for role in ("current", trainer.result))
+    assert 0 < average != last > 0
 
 
 def test_full_weights_bring_the_settings_of_their_run(write_config, model):

@@ -42,7 +42,7 @@ def gradient(built, step=0, index=0):
     found = built.collect(step)
     experience, velocity = found.experience, found.velocity
     rows = built.algorithm.rows(experience, Update(seed=0, step=step, index=index))
-    sums = built._backward("current", rows, velocity)
+    sums, _ = built._backward("current", rows, velocity, experience.keep)
     found = torch.cat([p.grad.flatten() for p in built.parameters])
     for parameter in built.parameters:
         parameter.grad = None
@@ -291,6 +291,10 @@ def test_a_folder_of_another_configuration_is_refused_with_what_changed(write_co
     [
         (("--train.group_size", "1"), "train.group_size: got 1; a group estimator compares"),
         (("--train.groups", "9999"), "a step takes 9999 prompts, but there are"),
+        (("--train.max_grad_norm", ".nan"), "train.max_grad_norm: got nan, needed a positive number"),
+        (("--train.learning_rate", ".inf"), "train.learning_rate: got inf, needed a positive number"),
+        (("--rewards.0.weight", "0", "--rewards.1.weight", "0"), "rewards: got none of positive weight"),
+        (("--pipeline.dtype", "float16"), "gradients of 1e-9 vanish in float16"),
         (("--train.lerning_rate", "1"), "train.lerning_rate: unknown key; did you mean 'learning_rate'"),
         (("--algorithm.type", "awn"), "algorithm.type: unknown type 'awn' of algorithms: did you mean 'awm'"),
         (("--train.learning_rate", "fast"), "train.learning_rate: needs float, got 'fast'"),
@@ -308,6 +312,93 @@ def test_the_average_of_the_weights_is_what_is_saved_when_asked_for(write_config
     last, _ = train(write_config("last"))
     averaged, _ = train(write_config("averaged"), "--train.ema_decay", "0.9")
     assert not same(last, averaged)
+
+
+def adapters(built, role):
+    """The role's weights as one vector."""
+    state = built.pipeline.roles.state_dict()
+    found = state[role] if role in state else state["roles"][role]
+    return torch.cat([tensor.flatten() for tensor in found.values()])
+
+
+def test_roles_follow_their_recursions_and_rates_their_formulas(write_config):
+    awm = {
+        "type": "awm",
+        "levels": "uniform",
+        "num_levels": 1,
+        "num_minibatches": 2,
+        "slow_penalty": 0.5,
+        "slow_rate": 0.3,
+        "slow_max": 0.8,
+    }
+    sizes = {
+        "groups": 2,
+        "group_size": 4,
+        "micro_batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup": 5,
+        "ema_decay": 0.15,
+        "max_grad_norm": 1e-4,
+    }
+    built = trainer(write_config(algorithm=awm, train=sizes))
+    slow, average = adapters(built, "ema"), adapters(built, "average")
+    rates, norms = [], []
+    honest = built.optimizer.step
+
+    def step(*args, **options):
+        rates.append(built.optimizer.param_groups[0]["lr"])
+        norms.append(float(torch.stack([p.grad.norm() for p in built.parameters]).norm()))
+        return honest(*args, **options)
+
+    built.optimizer.step = step
+    for number in range(3):
+        built.step(number)
+        current = adapters(built, "current")
+        decay = min(0.8, 0.3 * number)
+        slow = decay * slow + (1 - decay) * current
+        decay = min(0.15, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * current
+        assert torch.allclose(adapters(built, "ema"), slow, atol=1e-7)
+        assert torch.allclose(adapters(built, "average"), average, atol=1e-7)
+    assert rates == pytest.approx([1e-2 * min(1.0, number / 5) for number in range(1, 7)])
+    assert norms == pytest.approx([1e-4] * 6, rel=1e-2)  # the clip divides by norm + 1e-6
+
+
+def test_samples_that_are_not_kept_have_no_part_in_the_loss(write_config):
+    built = trainer(
+        write_config(algorithm={"type": "awm", "num_levels": 2, "levels": "uniform", "num_minibatches": 1, "reference_penalty": 0.3})
+    )
+    found = built.collect(0)
+    experience, update = found.experience, Update(seed=0, step=0, index=0)
+    rows = built.algorithm.rows(experience, update)
+
+    def gradient_of(rows, keep):
+        sums, count = built._backward("current", rows, found.velocity, keep)
+        flat = torch.cat([p.grad.flatten() for p in built.parameters])
+        built.optimizer.zero_grad(set_to_none=True)
+        return flat, {name: float(value) / count for name, value in sums.items()}
+
+    keep = torch.tensor([True, False, True, True, False, True, True, False])
+    alone = rows.take(keep[rows.sample].nonzero()[:, 0])
+    masked, left_out = gradient_of(rows, keep), gradient_of(alone, torch.ones(8, dtype=torch.bool))
+    assert torch.allclose(masked[0], left_out[0], atol=1e-6 * float(left_out[0].abs().max()))
+    assert masked[1] == pytest.approx(left_out[1], rel=1e-5)
+    before = [parameter.detach().clone() for parameter in built.parameters]
+    assert built.update(replace(experience, keep=torch.zeros(8, dtype=torch.bool)), found.velocity, update) == {}
+    assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+
+
+def test_estimators_with_a_memory_meet_prompts_and_samples_under_lasting_ids(write_config, monkeypatch):
+    built = trainer(write_config(advantage="ssb"))
+    seen = []
+    honest = type(built.estimator).update
+    monkeypatch.setattr(type(built.estimator), "update", lambda e, batch, state: seen.append(batch) or honest(e, batch, state))
+    for step in range(3):
+        built.collect(step)
+    ids = torch.cat([batch.sample_uid for batch in seen])
+    assert len(ids.unique()) == len(ids) == 24
+    for step, batch in enumerate(seen):
+        assert set(batch.group_id.tolist()) == {prompt.uid for prompt in built.draw(step)}
 
 
 def test_full_weights_train_too(write_config, model):

@@ -129,21 +129,21 @@ def test_a_table_that_is_not_asked_for_is_not_made(write_config, monkeypatch):
 # -- every recipe ----------------------------------------------------------------------------------------------------------------
 
 METRICS = ["novelty", {"reward": "tests.train.brightness"}]
-OPTIONS = {"trust_grpo": {}, "heron": {}, "bpo": {"eps_low": 1e-3, "eps_high": 1e-3}}
-FORKS = {"anchor_id", "tree"}
+OPTIONS = {"trust_grpo": {}, "heron": {}, "weighted_grpo": {"band": 0.5}, "bpo": {"eps_low": 1e-3, "eps_high": 1e-3}}
+ELSEWHERE = {"anchor_id", "tree", "step_judge"}  # what only a fork or a judge has
 
 
 def test_the_needs_of_stages_are_what_recipes_claim():
     for name in names():
-        assert set(recipe_config(name).claims.needs) == set(recipe(name).needs) - {"clauses_valid"}, name
+        assert set(recipe_config(name).claims.needs) == set(recipe(name).needs) - {"clauses_valid", "step_judge"}, name
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not FORKS & recipe(name).needs])
-def test_every_recipe_that_needs_no_fork_trains(write_config, name):
+@pytest.mark.parametrize("name", [name for name in names() if not ELSEWHERE & recipe(name).needs])
+def test_every_recipe_that_needs_no_fork_and_no_judge_trains(write_config, name):
     claims = recipe_config(name).claims
-    rewards = [{"reward": {"type": "shapes", "strict": 1.0 if claims.domain == "binary" else 0.0}}]
-    if claims.num_rewards > 1:
-        rewards += [{"reward": "tests.train.brightness"}]
+    brightness, verifier = {"type": "tests.train.brightness", "binary": claims.domain == "binary"}, {"type": "shapes", "strict": 0.0}
+    used = [verifier] if "clauses" in claims.needs else [brightness, verifier] if claims.num_rewards > 1 else [brightness]
+    rewards = [{"reward": reward} for reward in used]
     algorithm = {**FLOW_GRPO, "link": "bounded_ratio" if name == "bpo" else "ppo_clip"}
     advantage = {"type": name, **OPTIONS.get(name, {})}
     built = build(write_config, algorithm=algorithm, advantage=advantage, metrics=METRICS, rewards=rewards)
@@ -159,6 +159,7 @@ def test_every_recipe_that_needs_no_fork_trains(write_config, name):
         ("awm", "process", "needs step_rewards of trained steps, but the algorithm trains final images alone"),
         ("awm", {"type": "tw_grpo", "of": "log_prob"}, "needs log_prob of trained steps"),
         ("flow_grpo", "canon", r"needs a metric, but the run has none; add `metrics: \[novelty\]`"),
+        ("flow_grpo", "process", "needs a judge's reward for each step"),
         ("flow_grpo", "branch_grpo", "needs tree, which only a rollout that forks has"),
         ("flow_grpo", "gigpo", "needs anchor_id, which only a rollout that forks has"),
     ],
