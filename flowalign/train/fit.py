@@ -165,6 +165,15 @@ class Trainer:
                 raise self._diverged(player, step, f"the {what} is {value}")
         self._last_finite = f"step {step}, loss {loss:.4g}, gradient norm {norm:.4g}"
 
+    def _check_weights(self, step: int) -> None:
+        """Refuse to log and save weights that are not finite, as a rate far too large makes them of a finite gradient."""
+        norm = float(torch.nn.utils.get_total_norm(self.parameters))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step}: the norm of the weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
+                "Lower train.learning_rate, and resume from the last checkpoint"
+            )
+
     def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
         self.optimizer.zero_grad(set_to_none=True)
         return FloatingPointError(
@@ -185,6 +194,7 @@ class Trainer:
                 self.pipeline.roles.blend(role, decay(step))
             if self.config.ema_decay is not None:
                 self.pipeline.roles.blend(AVERAGE, ema_warmup(self.config.ema_decay)(step))
+        self._check_weights(step)
         made = [line for line in logged if line]  # an update whose samples were all filtered out logs nothing
         metrics = {name: sum(line[name] for line in made) / len(made) for name in (made[0] if made else {})}
         if "ratio_gap" in metrics:

@@ -271,6 +271,13 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, mon
     assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
 
 
+def test_weights_that_are_not_finite_are_never_saved(write_config):
+    path = write_config()
+    with pytest.raises(FloatingPointError, match="step 0: the norm of the weights is .*this step is not saved"):
+        train(path, "--train.learning_rate", "1e38", "--algorithm.num_minibatches", "1")
+    assert not (load_config(str(path)).output / "checkpoints").exists()
+
+
 def test_a_policy_gradient_through_a_velocity_that_is_not_finite_names_step_and_player(write_config, monkeypatch):
     built = trainer(write_config(algorithm={"type": "flow_grpo"}))
     found = built.collect(0)
