@@ -1,25 +1,29 @@
 """Pretraining of the shapes pipeline: first the autoencoder, then the denoiser together with its text encoders.
 
-Seeded and resumable: each step's batch and noise depend on the seed and the step alone, the checkpoint holds all states, and the same
-command goes on. The denoiser's learning rate is constant and then falls linearly to 0 over the last third; the weights that are
-saved are an exponential average. Only prompts of the training split are ever drawn.
+Seeded and resumable: each step's batch and noise depend on the seed and the step alone, each phase's checkpoint holds all states, and the
+same command goes on to the same weights. The denoiser's learning rate is constant and then falls linearly to 0 over the last third; the
+weights that are saved are an exponential average. Only prompts of the training split are ever drawn.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
+from flowalign.core.decays import ema_warmup
 from flowalign.shapes import models
 from flowalign.shapes.prompts import Metadata, all_prompts, prompts
 from flowalign.shapes.verifier import verify
@@ -97,18 +101,43 @@ def _save_atomically(state: dict[str, Tensor], meta: dict[str, object], path: Pa
     os.replace(temporary, path)
 
 
-def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, checkpoint: Path) -> None:
+def _checkpoint(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:
+    state = {name: value.detach() for name, value in tensors.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        state |= {f"moment/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+    _save_atomically(state, {"step": step}, path)
+
+
+@torch.no_grad()
+def _resume(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, path: Path) -> int:
+    state = load_file(path)
+    for name, value in tensors.items():
+        value.copy_(state.pop(name))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        _, index, name = key.split("/")
+        moments.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return int(max(moment["step"].item() for moment in moments.values()))
+
+
+def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, work: Path, *, save_every: int) -> None:
     """Train the autoencoder on fresh renders (squared error plus a weak divergence); set the scaling that gives latents unit variance."""
     vae = pipe.vae
-    if checkpoint.is_file():
-        state = load_file(checkpoint)
+    done, checkpoint = work / "autoencoder.safetensors", work / "autoencoder_steps.safetensors"
+    if done.is_file():
+        state = load_file(done)
         scale = float(state.pop("scaling_factor"))
         vae.load_state_dict(state)
         vae.register_to_config(scaling_factor=scale)
         return
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.autoencoder_learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.autoencoder_learning_rate, config.autoencoder_steps, pct_start=0.1)
-    bar = tqdm(range(config.autoencoder_steps), desc="autoencoder", mininterval=10)
+    cycle = partial(OneCycleLR, optimizer, config.autoencoder_learning_rate, config.autoencoder_steps, pct_start=0.1)
+    weights, schedule, start = dict(vae.named_parameters()), cycle(), 0
+    if checkpoint.is_file():
+        start = _resume(weights, optimizer, checkpoint)
+        schedule = cycle(last_epoch=start - 1)  # building it takes one step
+    bar = tqdm(range(start, config.autoencoder_steps), desc="autoencoder", initial=start, total=config.autoencoder_steps, mininterval=10)
     for step in bar:
         generator = _generator(config.seed, 1, step)
         images = render(draw_records(config.autoencoder_batch_size, generator), seed=step) * 2 - 1
@@ -122,6 +151,8 @@ def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, ch
         schedule.step()
         if step % 50 == 0:
             bar.set_postfix(mse=f"{error.item():.5f}")
+        if (step + 1) % save_every == 0 or step + 1 == config.autoencoder_steps:
+            _checkpoint(weights, optimizer, step + 1, checkpoint)
     records = draw_records(600, _generator(config.seed, 2))
     with torch.no_grad():
         images = render(records, seed=1)
@@ -131,7 +162,7 @@ def train_autoencoder(pipe: StableDiffusion3Pipeline, config: PretrainConfig, ch
     print(f"autoencoder: {kept:.4f} of 600 reconstructions pass the verifier", flush=True)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     state = {**vae.state_dict(), "scaling_factor": torch.tensor(vae.config.scaling_factor, dtype=torch.float64)}
-    _save_atomically(state, {"reconstructions_strict": kept}, checkpoint)
+    _save_atomically(state, {"reconstructions_strict": kept}, done)
 
 
 def _pool(pipe: StableDiffusion3Pipeline, config: PretrainConfig, index: int) -> tuple[Tensor, list[str]]:
@@ -191,14 +222,17 @@ class _Weights:
         self.modules = nn.ModuleDict(
             {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
         )
-        self.decay = decay
+        self.decay = ema_warmup(decay)
         self.average = {name: value.detach().clone() for name, value in self.modules.named_parameters()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        average = {f"average/{name}": value for name, value in self.average.items()}
+        return {f"weight/{name}": value for name, value in self.modules.named_parameters()} | average
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in self.modules.named_parameters():
-            self.average[name].lerp_(value, 1 - decay)
+            self.average[name].lerp_(value, 1 - self.decay(step))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -218,45 +252,18 @@ def _start_small(pipe: StableDiffusion3Pipeline) -> None:
     nn.init.zeros_(pipe.transformer.proj_out.weight)
 
 
-def _optimizer(weights: _Weights, config: PretrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-
-
-def _checkpoint(weights: _Weights, optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:
-    state = {f"weight/{name}": value.detach() for name, value in weights.modules.named_parameters()}
-    state |= {f"average/{name}": value for name, value in weights.average.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"moment/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-    _save_atomically(state, {"step": step}, path)
-
-
-def _resume(weights: _Weights, optimizer: torch.optim.Optimizer, path: Path) -> int:
-    state = load_file(path)
-    moments: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for name, value in weights.modules.named_parameters():
-            value.copy_(state[f"weight/{name}"])
-            weights.average[name].copy_(state[f"average/{name}"])
-    for key, tensor in state.items():
-        if key.startswith("moment/"):
-            _, index, name = key.split("/")
-            moments.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return int(max(moment["step"].item() for moment in moments.values()))
-
-
+@torch.no_grad()
 def _export(pipe: StableDiffusion3Pipeline, weights: _Weights, folder: Path, about: dict[str, object]) -> None:
     """Write the averaged weights as a diffusers folder: denoiser and autoencoder in half precision, which diffusers loads as float32."""
-    weights.swap()
-    try:
-        for module in (pipe.transformer, pipe.vae):
-            module.half()
-        pipe.save_pretrained(folder, safe_serialization=True)
-    finally:
-        # The rounded weights must not flow back into training.
-        for module in (pipe.transformer, pipe.vae):
-            module.float()
-        weights.swap()
+    # Copies, and a pipeline of their own: the rounding must not flow back into training.
+    parts = copy.deepcopy(weights.modules)
+    for name, value in parts.named_parameters():
+        value.copy_(weights.average[name])
+    exported = StableDiffusion3Pipeline(**{**pipe.components, **dict(parts.items()), "vae": copy.deepcopy(pipe.vae)})
+    exported.encode_prompt("", None, None)  # tokenizers write down how they were called last, which must be the same after a resume
+    for module in (exported.transformer, exported.vae):
+        module.half()
+    exported.save_pretrained(folder, safe_serialization=True)
     (folder / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
@@ -266,9 +273,9 @@ def train_denoiser(
     """Train denoiser and text encoders by flow matching; resume from ``work`` when a checkpoint lies there."""
     _start_small(pipe)
     weights = _Weights(pipe, config.decay)
-    optimizer = _optimizer(weights, config)
+    optimizer = torch.optim.AdamW(weights.modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = work / "denoiser.safetensors"
-    start = _resume(weights, optimizer, checkpoint) if checkpoint.is_file() else 0
+    start = _resume(weights.tensors(), optimizer, checkpoint) if checkpoint.is_file() else 0
     records = prompts("heldout", seed=1, num=150)
     pool_index, latents, texts = -1, torch.empty(0), [""]
     losses: list[float] = []
@@ -291,7 +298,7 @@ def train_denoiser(
         weights.update(step)
         losses.append(loss.item())
         if (step + 1) % evaluate_every == 0 or step + 1 == config.steps:
-            _checkpoint(weights, optimizer, step + 1, checkpoint)
+            _checkpoint(weights.tensors(), optimizer, step + 1, checkpoint)
             weights.swap()
             scores = sample_score(pipe, records, num_steps=8)
             weights.swap()
@@ -309,7 +316,7 @@ def pretrain(output: Path, config: PretrainConfig, *, threads: int = 2, evaluate
         output: Folder for the result; ``output/work`` holds the checkpoints, and the same call goes on from them.
         config: What decides the weights.
         threads: CPU threads.
-        evaluate_every: Steps between checkpoints and held-out scores (8 Euler steps, no guidance).
+        evaluate_every: Steps between checkpoints, of the autoencoder and the denoiser, and held-out scores (8 Euler steps, no guidance).
 
     Returns:
         The folder, loadable with ``StableDiffusion3Pipeline.from_pretrained``.
@@ -324,11 +331,13 @@ def pretrain(output: Path, config: PretrainConfig, *, threads: int = 2, evaluate
     if begun.is_file() and (before := json.loads(begun.read_text())) != now:
         changed = ", ".join(k for k in now if before.get(k) != now[k])
         raise ValueError(f"{work}: begun with another configuration (changed: {changed}); choose another --output or remove it")
-    begun.write_text(json.dumps(now, indent=2) + "\n")
+    unfinished = begun.with_suffix(".partial")
+    unfinished.write_text(json.dumps(now, indent=2) + "\n")
+    os.replace(unfinished, begun)
     pipe = models.new_pipeline(config.seed)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(config.seed)
-    train_autoencoder(pipe, config, work / "autoencoder.safetensors")
+    train_autoencoder(pipe, config, work, save_every=evaluate_every)
     pipe.vae.requires_grad_(False)
 
     def report(line: str) -> None:
