@@ -281,3 +281,49 @@ def v_prediction_to_velocity(
             f"(divide both by sqrt(alpha**2 + beta**2))"
         )
     return (data + noise) * at_least_float32(v) + (noise - data) * at_least_float32(x_t)
+
+
+def velocity_to_epsilon(
+    velocity: Float[Tensor, "batch *event"], x_t: Float[Tensor, "batch *event"], alpha: Level, beta: Level
+) -> Float[Tensor, "batch *event"]:
+    """Convert a velocity to the noise prediction at ``x_t``: ``(alpha * velocity + x_t) / (alpha + beta)``; inverts `epsilon_to_velocity`.
+
+    Args:
+        velocity: ``noise - x0``.
+        x_t: Variance-preserving state, in its own scale.
+        alpha: Factor of the data.
+        beta: Factor of the noise.
+    """
+    data, noise = expand_like(alpha, x_t), expand_like(beta, x_t)
+    return (data * at_least_float32(velocity) + at_least_float32(x_t)) / (data + noise)
+
+
+def velocity_to_v_prediction(
+    velocity: Float[Tensor, "batch *event"], x_t: Float[Tensor, "batch *event"], alpha: Level, beta: Level
+) -> Float[Tensor, "batch *event"]:
+    """Convert a velocity to the v-prediction at ``x_t``: ``(velocity + (alpha - beta) * x_t) / (alpha + beta)``.
+
+    It inverts `v_prediction_to_velocity`, where ``alpha**2 + beta**2 = 1``.
+
+    Args:
+        velocity: ``noise - x0``.
+        x_t: Variance-preserving state, in its own scale.
+        alpha: Factor of the data.
+        beta: Factor of the noise.
+    """
+    data, noise = expand_like(alpha, x_t), expand_like(beta, x_t)
+    return (at_least_float32(velocity) + (data - noise) * at_least_float32(x_t)) / (data + noise)
+
+
+def epsilon_to_score(epsilon: Float[Tensor, "batch *event"], beta: Level) -> Float[Tensor, "batch *event"]:
+    """Convert a noise prediction to the score of the variance-preserving marginal: ``-epsilon / beta``.
+
+    The score of the straight path's state ``x = x_t / (alpha + beta)`` is ``alpha + beta`` times it (`velocity_to_score`).
+
+    Raises:
+        ValueError: If ``beta`` is 0: clean data has no score.
+    """
+    noise = expand_like(beta, epsilon)
+    if not bool((noise > 0).all()):
+        raise ValueError("beta: got 0 or less; need a positive factor of the noise, because clean data has no score")
+    return -at_least_float32(epsilon) / noise

@@ -41,6 +41,12 @@ def test_variance_preserving_predictions_convert_to_the_same_velocity():
     expected = noise - x0
     assert (paths.epsilon_to_velocity(noise, x_t, alpha, beta) - expected).abs().max() < 1e-12
     assert (paths.v_prediction_to_velocity(alpha * noise - beta * x0, x_t, alpha, beta) - expected).abs().max() < 1e-12
+    assert (paths.velocity_to_epsilon(expected, x_t, alpha, beta) - noise).abs().max() < 1e-12
+    assert (paths.velocity_to_v_prediction(expected, x_t, alpha, beta) - (alpha * noise - beta * x0)).abs().max() < 1e-12
+    # The same density in two scales: scores differ by the factor of the states.
+    score = paths.epsilon_to_score(noise, beta)
+    flow = paths.velocity_to_score(expected, paths.vp_to_flow(x_t, alpha, beta), paths.vp_sigma(alpha, beta))
+    assert (flow - (alpha + beta) * score).abs().max() < 1e-10
     x, sigma = paths.vp_to_flow(x_t, alpha, beta), paths.vp_sigma(alpha, beta)
     assert (x - paths.interpolate(x0, noise, sigma)).abs().max() < 1e-12
     assert (paths.flow_to_vp(x, alpha, beta) - x_t).abs().max() < 1e-12

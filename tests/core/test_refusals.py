@@ -82,6 +82,8 @@ def test_conversions_that_divide_by_zero_are_refused():
             convert(ROWS, ROWS, 1.0)
     with pytest.raises(ValueError, match="alpha"):
         paths.epsilon_to_velocity(ROWS, ROWS, 0.0, 1.0)
+    with pytest.raises(ValueError, match="beta: got 0"):
+        paths.epsilon_to_score(ROWS, 0.0)
     with pytest.raises(ValueError, match=r"alpha\*\*2"):
         paths.v_prediction_to_velocity(ROWS, ROWS, 0.5, 0.5)
     with pytest.raises(ValueError, match="alpha, beta"):
