@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Trajectory
+from flowalign.core.rollout import Noise, Take, Trajectory, explore
 from flowalign.pipelines import lora_files
 from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, num_bytes, split, stack
-from flowalign.pipelines.record import Probe, installed, run_probe
-from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
+from flowalign.pipelines.family import Family
+from flowalign.pipelines.record import Left, Probe, installed, run_probe
+from flowalign.pipelines.recorder import Recorder
 from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
 
 CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What cannot be read off a recording.
-
-    Attributes:
-        denoiser: The pipeline's attribute that holds the denoiser.
-        arguments: What every call of the pipeline gets: sizes, guidance, text length.
-        guidance_scale: The guidance among them.
-        event_shape: Shape of the latents of one sample.
-        embeds: From conditioning to the arguments of ``__call__`` that carry prompt embeddings.
-        decode: From pipeline and latents to images in [0, 1].
-        targets: Default LoRA targets.
-    """
-
-    denoiser: str
-    arguments: Mapping[str, Any]
-    guidance_scale: float
-    event_shape: tuple[int, ...]
-    embeds: Callable[[Conditioning], Mapping[str, Any]]
-    decode: Callable[[DiffusionPipeline, Tensor], Tensor]
-    targets: tuple[str, ...]
 
 
 class FlowPipeline:
@@ -77,11 +54,17 @@ class FlowPipeline:
         self._learnt: tuple[Layout, Replay] | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._covered: dict[int, set[int]] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def rows_per_evaluation(self) -> int:
+        """Rows that the denoiser computes for one velocity: 2 under guidance."""
+        return sum(rule.copies for rule in self._learn()[1].calls)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -171,18 +154,18 @@ class FlowPipeline:
         plan: Plan,
         *,
         x_init: Tensor,
-        noise: NoiseSource,
+        noise: Noise,
         start: int = 0,
         batch_size: int | None = None,
         role: str = CURRENT,
     ) -> Trajectory:
-        """Run a plan through the pipeline's own ``__call__``.
+        """Run a plan through the pipeline's own ``__call__``, left where the plan splits and resumed from the states that it left.
 
         Args:
             cond: Conditioning of ``batch`` samples.
-            plan: One kernel for each step of the schedule.
+            plan: One step for each of the schedule.
             x_init: State at ``sigmas[start]``, ``[batch, *event]`` float32.
-            noise: Standard normal draws for a step, ``[batch, *event]``; asked once for each noisy step.
+            noise: Standard normal draws for a step, ``[batch * len(plan.drawn(step, start)), *event]``; asked once where something is drawn.
             start: Resume in the middle of the schedule.
             batch_size: Samples of one call; None for all.
             role: Version of the network that samples.
@@ -195,54 +178,53 @@ class FlowPipeline:
         """
         if x_init.shape != (len(cond), *self.event_shape):
             raise ValueError(f"x_init: got shape {tuple(x_init.shape)}, needed {(len(cond), *self.event_shape)}")
-        if not 0 <= start < plan.num_steps:
-            raise ValueError(f"start: got {start}, needed a step in [0, {plan.num_steps})")
-        if any(step.num_children != 1 for step in plan.steps):
-            raise ValueError("plan: it forks (num_children above 1); resume from the stored states with `start` instead")
-        drawn: dict[int, Tensor] = {}
-
-        def draw(step: int) -> Tensor:
-            if step not in drawn:
-                drawn[step] = noise(step)
-            return drawn[step]
-
-        finals, tables = [], []
+        x_init = x_init.to(self.device, torch.float32)
         with self.roles.use(role) as network:
-            for rows in torch.arange(len(cond)).split(batch_size or len(cond)):
-                recorder = self._record(network, cond.take(rows), plan, x_init[rows.to(x_init.device)], draw, rows, start)
-                finals.append(recorder.x)
-                tables += recorder.tables
-        transitions = concatenate(tables, finals[0])
-        return Trajectory(x_init=x_init, x0=torch.cat(finals), sigmas=self.sigmas(plan.num_steps), transitions=transitions)
 
-    def _record(
-        self, network: nn.Module, cond: Conditioning, plan: Plan, x: Tensor, draw: NoiseSource, rows: Tensor, start: int
-    ) -> Recorder:
+            def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> None:
+                own = cond.take(seed)
+                recorder = Recorder(
+                    take,
+                    x,
+                    start=start,
+                    stop=stop,
+                    num_steps=plan.num_steps,
+                    dtype=self.dtype,
+                    replay=self._learn()[1],
+                    expected=own.arguments(),
+                )
+                self._drive(network, own, recorder, x, plan.num_steps)
+
+            return explore(walk, x_init, self.sigmas(plan.num_steps), plan, noise, start=start, batch_size=batch_size)
+
+    def _drive(self, network: nn.Module, cond: Conditioning, recorder: Recorder, x: Tensor, num_steps: int) -> None:
         """Make one call of the pipeline."""
-        _, replay = self._learn()
-        recorder = Recorder(
-            plan,
-            x.to(self.device, torch.float32),
-            lambda step: draw(step)[rows].to(self.device),
-            start=start,
-            first=int(rows[0]),
-            dtype=self.dtype,
-            replay=replay,
-            expected=cond.arguments(),
-        )
         arguments = {
             **self.family.arguments,
             **self.family.embeds(cond),
-            "num_inference_steps": plan.num_steps,
-            "latents": recorder.x.to(self.dtype),
+            "num_inference_steps": num_steps,
+            "latents": x.to(self.dtype),
             "output_type": "latent",
             "return_dict": False,
         }
-        with installed(self.pipe, self.family.denoiser, network, recorder), torch.no_grad(), self._precision():
-            recorder.check(self.pipe(**arguments)[0])
-        if start == 0 or plan.num_steps not in self._known:
-            self._known[plan.num_steps] = torch.stack(recorder.levels).to(self.device), torch.stack(recorder.timesteps)
-        return recorder
+        latents = None
+        with installed(self.pipe, self.family.denoiser, network, recorder), torch.no_grad(), self._precision(), suppress(Left):
+            latents = self.pipe(**arguments)[0]
+        recorder.check(latents)
+        self._remember(num_steps, recorder)
+
+    def _remember(self, num_steps: int, recorder: Recorder) -> None:
+        """Keep what the denoiser was told at each level; calls that are left or resumed show parts of a schedule."""
+        levels, timesteps = torch.stack(recorder.levels).to(self.device), torch.stack(recorder.timesteps)
+        covered = self._covered.setdefault(num_steps, set())
+        steps = range(recorder.start, recorder.stop)
+        if len(steps) == num_steps:
+            self._known[num_steps] = levels, timesteps
+        elif not covered.issuperset(steps):
+            new = torch.tensor([step - recorder.start for step in steps if step not in covered], device=self.device)
+            before = self._known.get(num_steps, (levels[:0], timesteps[:0]))
+            self._known[num_steps] = torch.cat([before[0], levels[new]]), torch.cat([before[1], timesteps[new]])
+        covered.update(steps)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = CURRENT) -> Tensor:
         """Replay the denoiser on other latents.

@@ -1,53 +1,47 @@
-"""The driver of a rollout: apply a plan's kernels inside a pipeline's own call, keep what is trained, refuse surprises."""
+"""The driver of a rollout: let a plan make the steps inside a pipeline's own call, refuse surprises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowalign.core.kernels import sample
-from flowalign.core.plans import Plan
-from flowalign.core.rollout import Transitions
+from flowalign.core.rollout import Take
+from flowalign.pipelines.record import Left
 from flowalign.pipelines.replay import Replay, differences
-
-NoiseSource = Callable[[int], Tensor]
 
 
 class Recorder:
-    """Drives one call of a pipeline by a plan; the state is float32 inside, the pipeline sees a cast copy.
+    """Drives one call of a pipeline; the state is float32 inside, the pipeline sees a cast copy.
 
     What must hold (nothing edits the latents, the denoiser is told the same in every step, and just what a replay will tell it) is compared on
     the device and read once, in ``check``: no step waits for the device.
 
     Attributes:
-        start: First step of the plan that is taken.
-        first: Number of the first sample in the whole rollout.
-        x: The state, ``[batch, *event]``.
-        tables: Trained steps with their rows.
+        start: First step of the schedule that is taken.
+        stop: Step before which the call is left; the number of steps for going to the end.
         levels: Noise level of each step that was taken.
         timesteps: What the denoiser was told at each of them.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        take: Take,
         x: Tensor,
-        noise: NoiseSource,
         *,
         start: int,
-        first: int,
+        stop: int,
+        num_steps: int,
         dtype: torch.dtype,
         replay: Replay,
         expected: Sequence[dict[str, Any]],
     ) -> None:
-        self.start, self.first, self.x = start, first, x
-        self.tables: list[tuple[int, Transitions]] = []
+        self.start, self.stop = start, stop
         self.levels: list[Tensor] = []
         self.timesteps: list[Tensor] = []
-        self._plan, self._noise, self._replay, self._expected = plan, noise, replay, expected
+        self._take, self._x, self._num_steps, self._replay, self._expected = take, x, num_steps, replay, expected
         self._sigmas = torch.empty(0)
         self._calls = 0
         self._flags: list[tuple[str, Tensor | bool]] = []
@@ -56,11 +50,11 @@ class Recorder:
 
     def begin(self, sigmas: Tensor) -> None:
         """Check the plan against the schedule."""
-        # On the CPU, so that kernels can look at noise levels without waiting for a device.
+        # On the CPU, so that nothing waits for a device.
         self._sigmas = sigmas.float().cpu()
         got = len(sigmas) - 1 + self.start
-        if got != self._plan.num_steps:
-            raise ValueError(f"plan: has {self._plan.num_steps} steps, but the pipeline's schedule has {got}")
+        if got != self._num_steps:
+            raise ValueError(f"plan: has {self._num_steps} steps, but the pipeline's schedule has {got}")
 
     def call(self, arguments: dict[str, Any]) -> None:
         """Compare one denoiser call with what the replay would tell it."""
@@ -94,56 +88,38 @@ class Recorder:
         """Let the pipeline combine it."""
 
     def step(self, index: int, model_output: Tensor, sample_seen: Tensor) -> Tensor:
-        """Apply the plan's kernel and keep the transition if it is trained."""
+        """Let the plan make the step; leave the call where it is to stop."""
         if self._calls != len(self._replay.calls):
             raise ValueError(
                 f"the pipeline calls its denoiser {self._calls} times in step {index}, {len(self._replay.calls)} in its first ones"
             )
         self._calls = 0
         self._compare(index, sample_seen)
-        now, then = self._sigmas[index - self.start], self._sigmas[index - self.start + 1]
-        step = self._plan.steps[index]
-        velocity = model_output.float()
-        law = step.kernel(self.x, velocity, now, then)
-        x_next = law.mean if step.kernel.is_deterministic else sample(law, self._noise(index))
-        if step.is_trained:
-            rows = Transitions(
-                x=self.x,
-                x_next=x_next,
-                velocity=velocity,
-                mean=law.mean,
-                std=self._column(law.std),
-                sigma=self._column(now),
-                sigma_next=self._column(then),
-                step=torch.full((len(self.x),), index, device=self.x.device),
-                sample=self.first + torch.arange(len(self.x), device=self.x.device),
-            )
-            self.tables.append((index, rows))
-        self.levels.append(now)
-        self.x = x_next
-        return self._show(x_next, model_output.dtype)
+        self.levels.append(self._sigmas[index - self.start])
+        self._x = self._take(index, self._x, model_output.float())
+        if index + 1 == self.stop < self._num_steps:
+            raise Left
+        return self._show(self._x, model_output.dtype)
 
-    def check(self, latents: Tensor) -> None:
+    def check(self, latents: Tensor | None) -> None:
         """Read all comparisons.
 
         Args:
-            latents: What the pipeline returned.
+            latents: What the pipeline returned; None where the call was left.
 
         Raises:
             ValueError: With the first thing that did not hold.
         """
-        self._compare(self._plan.num_steps, latents)
+        if latents is not None:
+            self._compare(self._num_steps, latents)
         # Edits first: whatever else is seen then follows from them.
         flags = self._edits + self._flags
         if not flags:
             return
         reasons = [reason for reason, _ in flags]
-        found = torch.stack([torch.as_tensor(flag, device=self.x.device) for _, flag in flags]).tolist()
+        found = torch.stack([torch.as_tensor(flag, device=self._x.device) for _, flag in flags]).tolist()
         if any(found):
             raise ValueError(reasons[found.index(True)])
-
-    def _column(self, value: Tensor) -> Tensor:
-        return value.to(self.x.device, torch.float32).expand(len(self.x))
 
     def _show(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         self._shown = x.to(dtype)
@@ -159,19 +135,3 @@ class Recorder:
         if self._shown._version != self._version:
             raise ValueError(reason)
         self._edits += [(reason, flag) for _, flag in differences("latents", self._shown, seen)]
-
-
-def concatenate(tables: Sequence[tuple[int, Transitions]], like: Tensor) -> Transitions:
-    """Join tables; rows are ordered by step, then sample.
-
-    Args:
-        tables: Steps with their rows, batch by batch.
-        like: Latents ``[batch, *event]``, for the shape of a table without rows.
-    """
-    if not tables:
-        none, rows = like[:0], like.new_zeros(0)
-        ids = torch.zeros(0, dtype=torch.int64, device=like.device)
-        return Transitions(x=none, x_next=none, velocity=none, mean=none, std=rows, sigma=rows, sigma_next=rows, step=ids, sample=ids)
-    # Batches come one after the other, each with its steps in order: a stable sort leaves samples in order.
-    ordered = [rows for _, rows in sorted(tables, key=lambda pair: pair[0])]
-    return Transitions(**{name: torch.cat([vars(table)[name] for table in ordered]) for name in vars(ordered[0])})

@@ -1,95 +1,212 @@
 """Rollouts: run a plan from noise to data and keep the transitions that are trained, as one flat table."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowalign.core.kernels import gaussian_log_prob, sample
-from flowalign.core.plans import Plan
+from flowalign.core.kernels import Kernel, gaussian_log_prob
+from flowalign.core.plan import Plan
+from flowalign.core.transitions import Trajectory as Trajectory
+from flowalign.core.transitions import Transitions as Transitions
+
+Noise = Callable[[int], Tensor]
+Take = Callable[[int, Tensor, Tensor], Tensor]
+"""From a step, the states before it and their velocities to the states after it, one for each; the last answer of a walk is not used."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transitions:
-    """Rows of trained transitions.
+Walk = Callable[[Tensor, Tensor, int, int, Take], None]
+"""What evaluates the model: a loop over a velocity, or a pipeline's own ``__call__``. From states ``[rows, *event]``, for each row which
+initial state it descends from (and so its conditioning), the steps ``start`` to ``stop - 1`` and what makes each of them."""
 
-    Shapes:
-        x, x_next, velocity, mean: ``[rows, *event]`` float32; ``x_next`` is a draw from N(mean, std**2).
-        std, sigma, sigma_next: ``[rows]``.
-        step: ``[rows]`` int64, position in the plan.
-        sample: ``[rows]`` int64, row of the final table that the transition leads to; the first of them where the plan forks later.
+
+@dataclass(kw_only=True)
+class _Run:
+    """A rollout that is under way. Branches wait here until the model gets to them; nothing is ever evaluated twice.
+
+    Attributes:
+        leaves: Final states of each initial state.
+        waiting: From a first step and a kernel, None on the path, to states and the first final states below them.
+        finals: Final states with their rows.
     """
 
-    x: Tensor
-    x_next: Tensor
-    velocity: Tensor
-    mean: Tensor
-    std: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    step: Tensor
-    sample: Tensor
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.sample)
-
-    def take(self, index: Tensor) -> "Transitions":
-        """Select rows."""
-        return Transitions(**{field.name: vars(self)[field.name][index] for field in fields(self)})
-
-    def mean_log_prob(self) -> Tensor:
-        """Return the log density of each recorded draw, a mean over latent elements, ``[rows]``."""
-        return gaussian_log_prob(self.x_next, self.mean, self.std, reduction="mean")
-
-    @staticmethod
-    def concatenate(parts: "list[Transitions]") -> "Transitions":
-        """Join tables; rows are ordered by step, then sample."""
-        joined = {field.name: torch.cat([vars(part)[field.name] for part in parts]) for field in fields(Transitions)}
-        order = torch.argsort(joined["step"] * (joined["sample"].max() + 1) + joined["sample"]) if len(joined["step"]) else slice(None)
-        return Transitions(**{name: value[order] for name, value in joined.items()})
-
-    @staticmethod
-    def empty(x: Tensor) -> "Transitions":
-        """Return a table without rows for latents like ``x``."""
-        none, rows = x[:0].float(), x.new_zeros(0, dtype=torch.float32)
-        index = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return Transitions(x=none, x_next=none, velocity=none, mean=none, std=rows, sigma=rows, sigma_next=rows, step=index, sample=index)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """What a rollout leaves: where it began and ended, its grid, and the trained transitions.
-
-    Shapes:
-        x_init: ``[batch, *event]``.
-        x0: ``[batch * plan.num_leaves, *event]``; descendants of one initial state lie side by side.
-        sigmas: ``[steps + 1]``, decreasing.
-    """
-
-    x_init: Tensor
-    x0: Tensor
+    plan: Plan
     sigmas: Tensor
-    transitions: Transitions
+    noise: Noise
+    num: int
+    start: int
+    leaves: int
+    waiting: dict[tuple[int, Kernel | None], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    finals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[Transitions] = field(default_factory=list)
+    drawn: dict[int, Tensor] = field(default_factory=dict)
+    evaluations: int = 0
+
+    def put(self, step: int, kernel: Kernel | None, x: Tensor, leaf: Tensor) -> None:
+        """Let a branch wait, or end."""
+        if step == self.plan.num_steps:
+            self.finals.append((x, leaf))
+        else:
+            self.waiting.setdefault((step, kernel), []).append((x, leaf))
+
+    def draw(self, index: int, mean: Tensor, std: Tensor, kernel: Kernel, leaf: Tensor) -> Tensor:
+        """Draw the states above the given final states."""
+        if kernel.is_deterministic:
+            return mean
+        places = torch.tensor(self.plan.drawn(index, self.start))
+        if index not in self.drawn:
+            self.drawn[index] = self.noise(index)
+            needed = (self.num * len(places), *mean.shape[1:])
+            if self.drawn[index].shape != needed:
+                raise ValueError(
+                    f"noise({index}): got shape {list(self.drawn[index].shape)}, needed {list(needed)}: one row per state, children included"
+                )
+        rows = leaf // self.leaves * len(places) + torch.searchsorted(places, leaf % self.leaves)
+        noise = self.drawn[index]
+        return mean + std * noise[rows.to(noise.device)].to(mean.device)
+
+    def branch(
+        self, index: int, kernel: Kernel, num: int, x: Tensor, velocity: Tensor, leaf: Tensor, below: int, is_trained: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Make ``num`` children of each state, each above ``below`` final states; returns them with the first of these."""
+        law = kernel(x, velocity, self.sigmas[index], self.sigmas[index + 1])
+        children = (leaf[:, None] + below * torch.arange(num)).flatten()
+        repeated = [table.repeat_interleave(num, 0) if num > 1 else table for table in (x, velocity, law.mean)]
+        x_next = self.draw(index, repeated[2], law.std, kernel, children)
+        if is_trained:
+            self._keep(index, repeated, x_next, law.std, children, below)
+        return x_next, children
+
+    def _keep(self, index: int, parts: list[Tensor], x_next: Tensor, std: Tensor, children: Tensor, below: int) -> None:
+        x, velocity, mean = parts
+        num, device = len(x), x.device
+        # Children of a state lie between its first final state and the next state's: the number of the first names it.
+        first = self._first_of_state(index, children)
+
+        def column(value: Tensor) -> Tensor:
+            return torch.as_tensor(value).to(device).expand(num)
+
+        self.kept.append(
+            Transitions(
+                x=x,
+                x_next=x_next,
+                velocity=velocity,
+                mean=mean,
+                std=column(std),
+                sigma=column(self.sigmas[index]),
+                sigma_next=column(self.sigmas[index + 1]),
+                step=torch.full((num,), index, dtype=torch.int64, device=device),
+                seed=(children // self.leaves).to(device),
+                state=(index * self.num * self.leaves + first).to(device),
+                sample=children.to(device),
+                num_leaves=torch.full((num,), below, dtype=torch.int64, device=device),
+                parent=torch.full((num,), -1, dtype=torch.int64, device=device),
+            )
+        )
+
+    def _first_of_state(self, index: int, children: Tensor) -> Tensor:
+        states = torch.tensor(self.plan.states(index, self.start))
+        place = torch.searchsorted(states, children % self.leaves, right=True) - 1
+        return children // self.leaves * self.leaves + states[place]
+
+    def step_of_path(self, leaf: Tensor) -> Take:
+        """Make the steps of the path: forks leave it, splits end the walk."""
+
+        def take(index: int, x: Tensor, velocity: Tensor) -> Tensor:
+            nonlocal leaf
+            self.evaluations += len(x)
+            plan, step, first = self.plan, self.plan.steps[index], 0
+            if step.fork is not None:
+                first = step.fork.num_children
+                children, leaves = self.branch(index, step.fork.kernel, first, x, velocity, leaf, 1, True)
+                self.put(index + 1, step.fork.completion, children, leaves)
+            if index + 1 == plan.path_end < plan.num_steps:
+                return x
+            below = plan.leaves_after(index)
+            x_next, leaf = self.branch(index, step.kernel, step.num_children, x, velocity, leaf + first, below, step.is_trained)
+            if step.num_children > 1 or index + 1 == plan.num_steps:
+                self.put(index + 1, None, x_next, leaf)
+                return x
+            return x_next
+
+        return take
+
+    def step_of_completion(self, leaf: Tensor, kernel: Kernel) -> Take:
+        """Make the steps of children that have left the path."""
+
+        def take(index: int, x: Tensor, velocity: Tensor) -> Tensor:
+            self.evaluations += len(x)
+            x_next, _ = self.branch(index, kernel, 1, x, velocity, leaf, 1, False)
+            if index + 1 == self.plan.num_steps:
+                self.put(index + 1, kernel, x_next, leaf)
+            return x_next
+
+        return take
+
+
+def explore(
+    walk: Walk, x_init: Tensor, sigmas: Tensor, plan: Plan, noise: Noise, *, start: int = 0, batch_size: int | None = None
+) -> Trajectory:
+    """Run a plan with whatever evaluates the model; every common beginning is evaluated once.
+
+    Args:
+        walk: Evaluates the model.
+        x_init: State at ``sigmas[start]``, ``[batch, *event]``.
+        sigmas: Grid of the whole schedule, ``[steps + 1]``, decreasing.
+        plan: One step for each of the schedule.
+        noise: Standard normal draws for a step, ``[batch * len(plan.drawn(step, start)), *event]``; asked once where something is drawn.
+        start: Begin in the middle of the schedule.
+        batch_size: States of one walk; None for all.
+
+    Returns:
+        The trajectory, final states in order.
+
+    Raises:
+        ValueError: If plan and grid have different lengths, the grid does not decrease, or the noise has another shape than the states.
+    """
+    plan.check(len(sigmas) - 1)
+    if not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError("sigmas: got a grid that does not decrease at every step, needed 1 (noise) to 0 (data); flip an increasing one")
+    if not 0 <= start < plan.path_end:
+        raise ValueError(f"start: got {start}, needed a step in [0, {plan.path_end})")
+    leaves = plan.leaves_after(start - 1)
+    run = _Run(plan=plan, sigmas=sigmas, noise=noise, num=len(x_init), start=start, leaves=leaves)
+    run.put(start, None, x_init, leaves * torch.arange(len(x_init)))
+    while run.waiting:
+        # The path first, then by step: branches that go the same way are evaluated together.
+        at, kernel = min(run.waiting, key=lambda key: (key[1] is not None, key[0]))
+        parts = run.waiting.pop((at, kernel))
+        x, leaf = (torch.cat(column) for column in zip(*parts, strict=True))
+        stop = plan.path_stop(at) if kernel is None else plan.num_steps
+        for rows in torch.arange(len(x)).split(batch_size or max(1, len(x))):
+            own = leaf[rows]
+            take = run.step_of_path(own) if kernel is None else run.step_of_completion(own, kernel)
+            walk(x[rows.to(x.device)], own // leaves, at, stop, take)
+    ends, order = (torch.cat(column) for column in zip(*run.finals, strict=True))
+    return Trajectory(
+        x_init=x_init,
+        x0=ends[torch.argsort(order).to(ends.device)],
+        sigmas=sigmas,
+        transitions=Transitions.concatenate(run.kept, x_init),
+        num_leaves=leaves,
+        evaluations=run.evaluations,
+    )
 
 
 def rollout(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x_init: Tensor,
-    sigmas: Tensor,
-    plan: Plan,
-    noise: Callable[[int], Tensor],
+    velocity: Callable[[Tensor, Tensor], Tensor], x_init: Tensor, sigmas: Tensor, plan: Plan, noise: Noise, *, start: int = 0
 ) -> Trajectory:
     """Run a plan with a velocity function; the pipelines return the same type.
 
     Args:
         velocity: From ``x [batch, *event]`` and a 0-dim ``sigma`` to the velocity.
-        x_init: State at ``sigmas[0]``, ``[batch, *event]``.
+        x_init: State at ``sigmas[start]``, ``[batch, *event]``.
         sigmas: Grid, ``[steps + 1]``, decreasing.
         plan: One kernel for each step. Where it forks, the children share the evaluation of their parent.
         noise: Standard normal draws for a step, one row per state after it; only called where the kernel has noise.
+        start: Complete states from the middle of a schedule.
 
     Returns:
         The trajectory.
@@ -104,22 +221,12 @@ def rollout(
         >>> done.x0[0].tolist()
         [0.25, 0.25, 0.25]
     """
-    plan.check(len(sigmas) - 1)
-    if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError("sigmas: got a grid that does not decrease at every step, needed 1 (noise) to 0 (data); flip an increasing one")
-    x, kept = x_init, [Transitions.empty(x_init)]
-    for i, step in enumerate(plan.steps):
-        v = velocity(x, sigmas[i])
-        law = step.kernel(x, v, sigmas[i], sigmas[i + 1])
-        if step.num_children > 1:
-            x, v, mean = (table.repeat_interleave(step.num_children, 0) for table in (x, v, law.mean))
-            law = replace(law, mean=mean)
-        x_next = law.mean if step.kernel.is_deterministic else sample(law, _check_noise(noise(i), law.mean, i))
-        if step.is_trained:
-            rows = transition_rows(i, x, x_next, v, law.mean, law.std, sigmas[i], sigmas[i + 1])
-            kept.append(replace(rows, sample=rows.sample * plan.leaves_after(i)))
-        x = x_next
-    return Trajectory(x_init=x_init, x0=x, sigmas=sigmas, transitions=Transitions.concatenate(kept))
+
+    def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> None:
+        for i in range(start, stop):
+            x = take(i, x, velocity(x, sigmas[i]))
+
+    return explore(walk, x_init, sigmas, plan, noise, start=start)
 
 
 def replay(velocity: Callable[[Tensor, Tensor], Tensor], transitions: Transitions, plan: Plan) -> Float[Tensor, " rows"]:
@@ -145,31 +252,8 @@ def replay(velocity: Callable[[Tensor, Tensor], Tensor], transitions: Transition
             raise ValueError(f"replay: a row is of step {i}, but the plan has {plan.num_steps} steps; pass the plan of the rollout")
         chosen = (transitions.step == i).nonzero().squeeze(1)
         rows = transitions.take(chosen)
-        law = plan.steps[i].kernel(rows.x, velocity(rows.x, rows.sigma[0]), rows.sigma[0], rows.sigma_next[0])
+        kernel = plan.steps[i].trained_kernel
+        law = kernel(rows.x, velocity(rows.x, rows.sigma[0]), rows.sigma[0], rows.sigma_next[0])
         score = gaussian_log_prob(rows.x_next, law.mean, law.std, reduction="mean")
         found = found.to(score.dtype).index_put((chosen,), score)
     return found
-
-
-def transition_rows(
-    step: int, x: Tensor, x_next: Tensor, velocity: Tensor, mean: Tensor, std: Tensor, sigma: Tensor, sigma_next: Tensor
-) -> Transitions:
-    """Lay one step of a whole batch out as rows; ``std``, ``sigma`` and ``sigma_next`` may be 0-dim."""
-    rows = len(x)
-    return Transitions(
-        x=x,
-        x_next=x_next,
-        velocity=velocity,
-        mean=mean,
-        std=torch.as_tensor(std).expand(rows).to(x.device),
-        sigma=torch.as_tensor(sigma).expand(rows).to(x.device),
-        sigma_next=torch.as_tensor(sigma_next).expand(rows).to(x.device),
-        step=torch.full((rows,), step, dtype=torch.int64, device=x.device),
-        sample=torch.arange(rows, device=x.device),
-    )
-
-
-def _check_noise(noise: Tensor, mean: Tensor, step: int) -> Tensor:
-    if noise.shape != mean.shape:
-        raise ValueError(f"noise({step}): got shape {list(noise.shape)}, needed {list(mean.shape)}: one row per state, children included")
-    return noise

@@ -185,7 +185,7 @@ def test_sizes_that_do_not_fit_are_refused(build):
     with pytest.raises(ValueError, match="start: got 9"):
         flow.rollout(cond, ode(STEPS), x_init=initial(), noise=noise, start=9)
     forking = Plan((PlanStep(kernel=FlowSDE(0.7), num_children=2), PlanStep(kernel=Euler())))
-    with pytest.raises(ValueError, match="it forks"):
+    with pytest.raises(ValueError, match="one row per state, children included"):
         flow.rollout(cond, forking, x_init=initial(), noise=noise)
 
 
