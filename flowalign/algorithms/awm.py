@@ -159,7 +159,7 @@ class AWM:
             roles[SLOW] = linear(self.config.slow_rate, self.config.slow_max)
         return roles
 
-    def plan(self, step: int, num_steps: int) -> Plan:
+    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
         """Sample by the ODE, or by the Flow-SDE where noise is wanted; no transition is kept."""
         if self.config.noise_level == 0:
             return ode(num_steps)

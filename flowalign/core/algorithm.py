@@ -29,8 +29,11 @@ def sample_number(group: Tensor, sample: Tensor) -> Tensor:
 class Experience:
     """What one step's rollout and scoring left to train on (the rows of one rank).
 
+    A row is a final state (an image); where the plan forks, an initial state has several, side by side. Together with
+    ``trajectory.transitions``, whose ``sample`` is such a row, that is the flat table of groups, seeds, steps, parents and leaves.
+
     Shapes:
-        advantage, weight: ``[batch, T]`` float32; T is 1, or the number of trained steps of the plan.
+        advantage, weight: ``[batch, T]`` float32; T is 1, or the number of trained steps of the plan. A column of several is for one step.
         keep: ``[batch]`` bool, False for samples that could not be scored or were filtered out: no loss is taken of them.
         target: ``[batch, T]`` float32, where the estimator gives ratios to reach.
         prompt: ``[batch]`` int64, the prompt's stable id.
@@ -65,12 +68,14 @@ class Update:
 class Rows:
     """A table that an update trains on: ``sample`` ``[rows]`` (row of the experience) and named columns with the same first axis.
 
-    Rows come in blocks of ``block`` that a loss needs together; a micro-batch never splits one.
+    Rows come in blocks of ``block`` that a loss needs together; a micro-batch never splits one. Rows with equal ``state`` ``[rows]``, side by
+    side, share one evaluation of the network; a micro-batch never splits these either, and its size counts evaluations.
     """
 
     sample: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     block: int = 1
+    state: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -79,14 +84,26 @@ class Rows:
         return self.columns[name]
 
     def split(self, size: int) -> list[Rows]:
-        """Cut the table into micro-batches of at most ``size`` rows, whole blocks each."""
+        """Cut the table into micro-batches of at most ``size`` evaluations, whole blocks and states each."""
         size = max(self.block, size // self.block * self.block)
-        return [self.take(part) for part in torch.arange(len(self)).split(size)]
+        if self.state is None:
+            return [self.take(part) for part in torch.arange(len(self)).split(size)]
+        counts = torch.unique_consecutive(self.state, return_counts=True)[1]
+        return [self.take(part) for part in torch.arange(len(self)).split([int(part.sum()) for part in counts.split(size)])]
 
     def take(self, index: Tensor) -> Rows:
         """Select rows."""
         columns = {name: column[index] for name, column in self.columns.items()}
-        return Rows(sample=self.sample[index], columns=columns, block=self.block)
+        state = None if self.state is None else self.state[index]
+        return Rows(sample=self.sample[index], columns=columns, block=self.block, state=state)
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Return the first row of each state, and for each row which state it has: evaluate the first, spread to the second."""
+        if self.state is None:
+            every = torch.arange(len(self), device=self.sample.device)
+            return every, every
+        _, which, counts = torch.unique_consecutive(self.state, return_inverse=True, return_counts=True)
+        return counts.cumsum(0) - counts, which
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +138,8 @@ class Algorithm(Protocol):
         """Other roles that the losses read, with the decay of each after a step (``reference`` never moves)."""
         ...
 
-    def plan(self, step: int, num_steps: int) -> Plan:
-        """Choose the kernels of the rollout."""
+    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
+        """Choose the kernels and forks of the rollout; ``seed`` is the run's, for what is drawn."""
         ...
 
     def rows(self, experience: Experience, update: Update) -> Rows:

@@ -1,6 +1,6 @@
 """What a plan is: for each step of a rollout its kernel, how many children it has, what forks off and what is trained."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from flowalign.core.kernels import Euler, Kernel
@@ -22,7 +22,7 @@ class Fork:
 
     kernel: Kernel
     num_children: int
-    completion: Kernel = Euler()
+    completion: Kernel = field(default_factory=Euler)
 
     def __post_init__(self) -> None:
         """Refuse children that are none or equal."""

@@ -33,20 +33,24 @@ def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False) -> Plan:
     return Plan(tuple(PlanStep(kernel=kernel, is_trained=noisy and (train_last or i < num_steps - 1)) for i in range(num_steps)))
 
 
-def window(kernel: Kernel, num_steps: int, *, start: int, size: int) -> Plan:
+def window(kernel: Kernel, num_steps: int, *, start: int, size: int, num_children: int = 1) -> Plan:
     """Apply and train one noisy kernel in a window of steps, and follow the ODE outside.
+
+    Model evaluations per initial state, with ``n`` steps and K children: ``start + 1 + K (n - start - 1)`` in the rollout,
+    ``1 + K (size - 1)`` in training.
 
     Args:
         kernel: Kernel of the window.
         num_steps: Number of steps of the whole plan.
         start: First step of the window.
         size: Number of steps in it.
+        num_children: Samples of an initial state; they part at the first step of the window and share everything before it.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If the window does not lie inside the plan, or the kernel has no noise.
+        ValueError: If the window does not lie inside the plan, or the kernel has no noise in it.
 
     References:
         Li et al., "MixGRPO", 2025, https://arxiv.org/abs/2507.21802; Flow-GRPO-Fast.
@@ -61,7 +65,8 @@ def window(kernel: Kernel, num_steps: int, *, start: int, size: int) -> Plan:
         raise ValueError(f"window: got start {start} and size {size} for {num_steps} steps, needed 0 <= start < start + size <= num_steps")
     _check_last(kernel, start + size - 1, num_steps, "window")
     inside, outside = PlanStep(kernel=kernel, is_trained=True), PlanStep(kernel=Euler())
-    return Plan(tuple(inside if start <= i < start + size else outside for i in range(num_steps)))
+    first = PlanStep(kernel=kernel, is_trained=True, num_children=num_children)
+    return Plan(tuple(first if i == start else inside if start < i < start + size else outside for i in range(num_steps)))
 
 
 def ode(num_steps: int) -> Plan:

@@ -122,7 +122,7 @@ class _Run:
                 first = step.fork.num_children
                 children, leaves = self.branch(index, step.fork.kernel, first, x, velocity, leaf, 1, True)
                 self.put(index + 1, step.fork.completion, children, leaves)
-            if index + 1 == plan.path_end < plan.num_steps:
+            if index + 1 == plan.path_end and not plan.keeps_path:
                 return x
             below = plan.leaves_after(index)
             x_next, leaf = self.branch(index, step.kernel, step.num_children, x, velocity, leaf + first, below, step.is_trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,9 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowalign.core.algorithm import Algorithm, Experience, Velocity, sample_number
+from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal
 from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
 from flowalign.estimators.diversity import group_novelty
+from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
 from flowalign.train.journal import Clock
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward, RewardTable, score
@@ -79,50 +82,56 @@ class Collector:
                 f"train.group_size: {self.config.group_size} samples of a prompt cannot be shared equally by {world} processes; "
                 f"use a multiple of {world}"
             )
-        if self.config.group_size == 1 and "baseline" not in self.estimator.needs:
-            raise ValueError("train.group_size: got 1; a group estimator compares the samples of a prompt, so needed at least 2")
-        check_needs(self.estimator.needs, self.algorithm.plan(0, self.pipeline.num_steps), len(self.metrics))
+        plan = self.algorithm.plan(0, self.pipeline.num_steps, self.seed)
+        groups = compared_groups(plan, torch.zeros(self.config.group_size, dtype=torch.int64), torch.arange(self.config.group_size))
+        if int(torch.unique(groups, return_counts=True)[1].min()) == 1 and "baseline" not in self.estimator.needs:
+            raise ValueError(
+                f"train.group_size: got {self.config.group_size}; a group estimator compares the samples of a "
+                f"{plan.compare}, so needed at least 2 there"
+            )
+        check_needs(self.estimator.needs, plan, len(self.metrics))
         self.state = self.estimator.init()
+        self.evaluations: Counter[str] = Counter()
 
     def collect(self, step: int) -> Collected:
         """Sample this rank's images of a step, score them and compare them with those of all ranks."""
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
         prompts = self.draw(step)
-        flat = torch.arange(rank, config.groups * config.group_size, world)
-        group, sample = flat // config.group_size, flat % config.group_size
+        plan = self.algorithm.plan(step, self.pipeline.num_steps, self.seed)
+        # A seed is an initial state; an image is a final state of one, numbered by seed and then within it.
+        seed = torch.arange(rank, config.groups * config.group_size, world)
+        flat = (plan.num_leaves * seed[:, None] + torch.arange(plan.num_leaves)).flatten()
+        group, member = seed // config.group_size, seed % config.group_size
         mine = [prompts[i] for i in group.tolist()]
         uid = torch.tensor([prompt.uid for prompt in mine])
         with self.clock.phase("rollout"):
-            sampled = self._sample(step, mine, uid, sample_number(group, sample))
+            sampled = self._sample(step, plan, mine, uid, sample_number(group, member))
         with self.clock.phase("reward"):
             table = score(self.rewards, sampled.images, sampled.prompts, sampled.metadata)
-            extra = extra_tables(
-                self.estimator.needs,
-                self.pipeline,
-                self.rewards,
-                sampled,
-                batch_size=config.rollout_batch_size,
-                step_rewards=config.step_rewards,
-            )
+            extra = self._extra_tables(sampled)
             names, measured = self._measure(sampled)
         with self.clock.phase("advantage"):
             # Ids are unique over the run and groups are prompts: estimators with a memory meet them again.
-            number = step * config.groups * config.group_size + flat
-            everyone = self._gather(names, number, uid, table, {**extra, **measured})
+            number = step * config.groups * config.group_size * plan.num_leaves + flat
+            # Trees and shared states are compared within prompts; everything else within what the plan compares.
+            whole = {"tree", "anchor_id"} & self.estimator.needs
+            compared = compared_groups(replace(plan, compare="prompt") if whole else plan, uid, member)
+            everyone = self._gather(plan, names, number, compared, table, {**extra, **measured})
             advantages, self.state = self.estimator.update(everyone, self.state)
-        # Rank r holds rows r, r + world, ...; the gathered rows are sorted by id, which is the flat index.
+        # The gathered rows are sorted by id, which is the flat index.
         experience = Experience(
             trajectory=sampled.trajectory,
             advantage=advantages.advantage[flat],
             weight=advantages.weight[flat],
             keep=advantages.keep[flat],
             target=None if advantages.target is None else advantages.target[flat],
-            prompt=uid,
-            group=group,
-            sample=sample,
+            prompt=uid.repeat_interleave(plan.num_leaves),
+            group=group.repeat_interleave(plan.num_leaves),
+            sample=flat % (config.group_size * plan.num_leaves),
         )
 
         def velocity(x: Tensor, sigma: Tensor, rows: Tensor, role: str) -> Tensor:
+            self.evaluations["train" if torch.is_grad_enabled() else role] += len(x)
             return self.pipeline.velocity(x, sigma, sampled.cond.take(rows), role)
 
         return Collected(
@@ -134,27 +143,64 @@ class Collector:
             images=sampled.images,
         )
 
-    def _sample(self, step: int, prompts: Sequence[PromptLike], uid: Tensor, number: Tensor) -> Sampled:
-        def keyed(purpose: str) -> Tensor:
+    def _sample(self, step: int, plan: Plan, prompts: Sequence[PromptLike], uid: Tensor, number: Tensor) -> Sampled:
+        def initial(purpose: str) -> Tensor:
             return normal(self.pipeline.event_shape, seed=self.seed, purpose=purpose, step=step, prompts=uid, samples=number)
 
-        plan = self.algorithm.plan(step, self.pipeline.num_steps)
+        def noise(index: int) -> Tensor:
+            """Key each state that is drawn by its seed and its place among those that the seed draws at this step."""
+            purpose, each = f"noise of step {index}", len(plan.drawn(index))
+            drawn = [initial(purpose if place == 0 else f"{purpose}, state {place}") for place in range(each)]
+            return torch.stack(drawn, 1).flatten(0, 1)
+
         cond = self.pipeline.encode([prompt.text for prompt in prompts])
         trajectory = self.pipeline.rollout(
-            cond,
-            plan,
-            x_init=keyed("initial noise").to(self.accelerator.device),
-            noise=lambda i: keyed(f"noise of step {i}"),
-            batch_size=self.config.rollout_batch_size,
+            cond, plan, x_init=initial("initial noise").to(self.accelerator.device), noise=noise, batch_size=self.config.rollout_batch_size
         )
+        self.evaluations["rollout"] += trajectory.evaluations
+        everyone = [prompt for prompt in prompts for _ in range(plan.num_leaves)]
         return Sampled(
-            cond=cond,
+            cond=cond.take(torch.arange(len(prompts)).repeat_interleave(plan.num_leaves)),
             plan=plan,
             trajectory=trajectory,
             images=self.pipeline.decode(trajectory.x0),
-            prompts=[prompt.text for prompt in prompts],
-            metadata=[prompt.metadata for prompt in prompts],
+            prompts=[prompt.text for prompt in everyone],
+            metadata=[prompt.metadata for prompt in everyone],
         )
+
+    def _extra_tables(self, sampled: Sampled) -> dict[str, Tensor]:
+        def complete(x: Tensor, images: Tensor, start: int) -> Tensor:
+            done = self.pipeline.rollout(
+                sampled.cond.take(images),
+                ode(sampled.plan.num_steps),
+                x_init=x,
+                noise=_no_noise,
+                batch_size=self.config.rollout_batch_size,
+                start=start,
+            )
+            self.evaluations["completion"] += done.evaluations
+            return done.x0
+
+        def scored(x0: Tensor, images: Tensor) -> Tensor:
+            texts, records = ([column[i] for i in images.tolist()] for column in (sampled.prompts, sampled.metadata))
+            return score(self.rewards, self.pipeline.decode(x0), texts, records).values
+
+        return extra_tables(self.estimator.needs, complete, scored, sampled, step_rewards=self.config.step_rewards)
+
+    def take_evaluations(self) -> dict[str, int]:
+        """Return the model evaluations by purpose since the last call, over all ranks, and begin anew.
+
+        An evaluation is of one state; under guidance the network computes ``rows_per_evaluation`` rows for it.
+        """
+        counts = {
+            name: self.evaluations[name] for name in sorted({"rollout", "completion", "train", *self.algorithm.roles, *self.evaluations})
+        }
+        self.evaluations.clear()
+        if self.accelerator.num_processes > 1:
+            total = torch.tensor(list(counts.values()), device=self.accelerator.device)
+            counts = dict(zip(counts, self.accelerator.reduce(total, "sum").tolist(), strict=True))
+        counts = {name: count for name, count in counts.items() if count}
+        return {**counts, "total": sum(counts.values()), "rows_per_evaluation": self.pipeline.rows_per_evaluation}
 
     def _measure(self, sampled: Sampled) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """Measure this rank's samples: names of the metric's columns, and what is to be gathered for them."""
@@ -175,7 +221,9 @@ class Collector:
             gathered["metric"] = torch.cat(columns, 1)
         return tuple(names), gathered
 
-    def _gather(self, names: Sequence[str], number: Tensor, prompt: Tensor, table: RewardTable, tables: dict[str, Tensor]) -> RewardBatch:
+    def _gather(
+        self, plan: Plan, names: Sequence[str], number: Tensor, compared: Tensor, table: RewardTable, tables: dict[str, Tensor]
+    ) -> RewardBatch:
         """Join the tables of all ranks, sorted by id: nothing that is compared may be rank-local."""
 
         def gathered(values: Tensor) -> Tensor:
@@ -186,11 +234,29 @@ class Collector:
 
         uid = gathered(number)
         order = torch.argsort(uid)
-        tables = {"rewards": table.values, "group_id": prompt, **tables}
+        tables = {"rewards": table.values, "group_id": compared, **tables}
         if table.clauses is not None and table.clauses_valid is not None:
             tables |= {"clauses": table.clauses, "clauses_valid": table.clauses_valid}
         joined: dict[str, Any] = {name: gathered(values)[order] for name, values in tables.items()}
         if "features" in joined:
             novelty = group_novelty(joined.pop("features"), joined["group_id"])
             joined["metric"][:, names.index(NOVELTY)] = novelty
+        if plan.has_siblings:
+            joined |= self._shape(plan, joined)
+        if "step_judge" in self.estimator.needs:
+            joined["step_rewards"] = torch.where(joined["step_mask"][..., None], joined["rewards"][:, None], torch.nan)
         return RewardBatch(sample_uid=uid[order], **joined)
+
+    def _shape(self, plan: Plan, joined: dict[str, Any]) -> dict[str, Any]:
+        """Make what follows from the plan's shape alone: which steps each image trains, and what it shares with others."""
+        num = len(joined["group_id"]) // plan.num_leaves
+        shape: dict[str, Any] = {"step_mask": trained_steps(plan).repeat(num, 1)}
+        if "anchor_id" in self.estimator.needs:
+            shape["anchor_id"] = anchors(plan, num)
+        if "tree" in self.estimator.needs:
+            shape["tree"] = forest(plan, joined["group_id"][:: plan.num_leaves], joined["log_prob"])
+        return shape
+
+
+def _no_noise(step: int) -> Tensor:
+    raise AssertionError(f"the ODE asked for noise at step {step}")

@@ -209,6 +209,7 @@ class Trainer:
             "advantage": dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
+            "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
             self.after_step(line, found.images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from flowalign.core.paths import velocity_to_x0
-from flowalign.core.plans import Plan, ode
+from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
-from flowalign.train.protocols import Pipeline
-from flowalign.train.scoring import NamedReward, score
+from flowalign.train.forests import trained_steps
 
 StepRewards = Literal["completion", "prediction"]
 NOVELTY = "novelty"
@@ -29,7 +28,7 @@ class Sampled:
         images: ``[batch, 3, h, w]`` in [0, 1].
     """
 
-    cond: Any
+    cond: Any  # of the images, as prompts and metadata are
     plan: Plan
     trajectory: Trajectory
     images: Tensor
@@ -52,74 +51,92 @@ def check_needs(needs: Collection[str], plan: Plan, num_metrics: int) -> None:
     for table in sorted({"log_prob", "step_rewards"} & set(needs)):
         if not plan.trained:
             raise ValueError(f"advantage: needs {table} of trained steps, but the algorithm trains final images alone; {mend}")
-    if "baseline" in needs and all(step.kernel.is_deterministic for step in plan.steps):
+    if "baseline" in needs and not plan.trained and all(step.kernel.is_deterministic for step in plan.steps):
         raise ValueError(
             "advantage: needs the ODE sample from the same noise as a baseline, but the algorithm samples by the ODE itself; " + mend
         )
     if "metric" in needs and not num_metrics:
         raise ValueError(f"advantage: needs a metric, but the run has none; add `metrics: [{NOVELTY}]` or `metrics: [{{reward: ...}}]`")
-    if "step_judge" in needs:
+    if "step_judge" in needs and not judges_steps(plan):
         raise ValueError(
-            "advantage: needs a judge's reward for each step, and training has only values of the states that steps start from; "
-            "choose a recipe that takes their differences, such as spo_chain or turning_point"
+            "advantage: needs a judge's reward for each step, and this algorithm has only values of the states that steps start from; "
+            "choose one whose every image judges one step, such as tempflow_grpo, or a recipe that takes differences, such as spo_chain"
         )
     for table in sorted({"anchor_id", "tree"} & set(needs)):
-        raise ValueError(f"advantage: needs {table}, which only a rollout that forks has; choose another recipe")
+        if not plan.has_siblings:
+            raise ValueError(
+                f"advantage: needs {table}, which only a rollout that forks has; choose algorithm tempflow_grpo, flow_grpo with depths, or "
+                "another recipe"
+            )
+
+
+def judges_steps(plan: Plan) -> bool:
+    """Tell whether every image trains exactly one step, so that its reward judges that step."""
+    return bool(plan.trained) and bool((trained_steps(plan).sum(1) == 1).all())
 
 
 def extra_tables(
     needs: Collection[str],
-    pipeline: Pipeline,
-    rewards: Sequence[NamedReward],
+    complete: Callable[[Tensor, Tensor, int], Tensor],
+    scored: Callable[[Tensor, Tensor], Tensor],
     sampled: Sampled,
     *,
-    batch_size: int,
     step_rewards: StepRewards,
 ) -> dict[str, Tensor]:
-    """Make the tables of this rank's samples that an estimator needs besides rewards and metrics.
+    """Make the tables of this rank's images that an estimator needs besides rewards and metrics.
 
     Args:
         needs: ``Estimator.needs``.
-        pipeline: Samples and decodes under the current weights.
-        rewards: What scores baselines and steps.
+        complete: From states ``[rows, *event]``, the image that each leads to and a step to the ODE's final states.
+        scored: From final states and the images whose prompts they have to rewards ``[rows, R]``.
         sampled: The rollout.
-        batch_size: Samples of one call of the pipeline.
         step_rewards: "completion" scores the ODE's image from the state that each trained step starts from, as TurningPoint-GRPO and SPO do;
             it costs half the steps of a rollout for each trained step. "prediction" scores the clean image that the network predicts there,
-            which costs no pass.
+            which costs no pass. A judge of
+            steps, where one is asked for, is each image's own reward, which the collector fills in.
 
     Returns:
-        ``log_prob`` ``[batch, T]``, ``baseline`` ``[batch, R]`` and ``step_rewards`` ``[batch, T, R]``, as far as they are needed.
+        ``log_prob`` ``[batch, T]``, ``baseline`` ``[batch, R]`` and ``step_rewards`` ``[batch, T, R]``, as far as they are needed; NaN at steps
+        that do not lead to the image.
     """
     trajectory, plan = sampled.trajectory, sampled.plan
     found = {}
-
-    def scored(x0: Tensor) -> Tensor:
-        return score(rewards, pipeline.decode(x0), sampled.prompts, sampled.metadata).values
-
-    def completed(x: Tensor, start: int) -> Tensor:
-        return pipeline.rollout(sampled.cond, ode(plan.num_steps), x_init=x, noise=_no_noise, batch_size=batch_size, start=start).x0
-
     if "baseline" in needs:
-        found["baseline"] = scored(completed(trajectory.x_init, 0))
-    rows = trajectory.transitions
-    # One row for each sample at each trained step, in the order of the samples.
-    steps = [rows.take((rows.step == step).nonzero().squeeze(1)) for step in plan.trained]
-    if "log_prob" in needs:
-        found["log_prob"] = torch.stack([part.mean_log_prob() for part in steps], 1)
-    if "step_rewards" in needs:
-        if step_rewards == "completion":
-            clean = [completed(part.x, step) for step, part in zip(plan.trained, steps, strict=True)]
-        else:
-            clean = [velocity_to_x0(part.velocity, part.x, part.sigma) for part in steps]
-        found["step_rewards"] = torch.stack([scored(x0) for x0 in clean], 1)
+        first = plan.num_leaves * torch.arange(len(trajectory.x_init))
+        found["baseline"] = scored(complete(trajectory.x_init, first, 0), first).repeat_interleave(plan.num_leaves, 0)
+    if "log_prob" in needs or "tree" in needs:
+        found["log_prob"] = _by_step(sampled, trajectory.transitions.mean_log_prob()[:, None].double().cpu())[..., 0]
+    if "step_rewards" in needs and "step_judge" not in needs:
+        found["step_rewards"] = _by_step(sampled, _state_values(sampled, complete, scored, step_rewards))
     return found
+
+
+def _state_values(
+    sampled: Sampled, complete: Callable[[Tensor, Tensor, int], Tensor], scored: Callable[[Tensor, Tensor], Tensor], way: StepRewards
+) -> Tensor:
+    """Value the state that each trained transition starts from, each state once: ``[rows, R]``."""
+    rows = sampled.trajectory.transitions
+    parts = []
+    for step in sampled.plan.trained:
+        here = rows.take((rows.step == step).nonzero().squeeze(1))
+        _, which, counts = torch.unique_consecutive(here.state, return_inverse=True, return_counts=True)
+        one = here.take(counts.cumsum(0) - counts)
+        image = one.sample.cpu()
+        x0 = complete(one.x, image, step) if way == "completion" else velocity_to_x0(one.velocity, one.x, one.sigma)
+        parts.append(scored(x0, image)[which.cpu()])
+    return torch.cat(parts)
+
+
+def _by_step(sampled: Sampled, values: Tensor) -> Tensor:
+    """Lay values of transitions ``[rows, columns]`` out as ``[batch, T, columns]``, NaN where a step does not lead to an image."""
+    rows = sampled.trajectory.transitions
+    transition, image = (index.cpu() for index in rows.leaves())
+    column = torch.searchsorted(torch.tensor(sampled.plan.trained), rows.step.cpu())[transition]
+    laid_out = torch.full((len(sampled.images), len(sampled.plan.trained), values.shape[1]), torch.nan, dtype=torch.float64)
+    laid_out[image, column] = values[transition]
+    return laid_out
 
 
 def features(images: Tensor) -> Tensor:
     """Shrink images to a few numbers that tell them apart: ``[batch, 3 * 8 * 8]`` float64 on the CPU."""
     return adaptive_avg_pool2d(images.float(), _FEATURES).flatten(1).double().cpu()
-
-
-def _no_noise(step: int) -> Tensor:
-    raise AssertionError(f"the ODE asked for noise at step {step}")

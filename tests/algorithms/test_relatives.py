@@ -1,0 +1,191 @@
+"""Windows, Guard and DPPO: where they train, their exact gradients on the linear-Gaussian chain, and their trust regions in numbers."""
+
+import math
+
+import pytest
+import torch
+
+from flowalign.algorithms import flow_dppo, flow_grpo, flow_grpo_fast, grpo_guard, mix_grpo
+from flowalign.core.algorithm import Rows, Update
+from flowalign.core.gaussians import gaussian_kl
+from flowalign.core.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE
+from flowalign.core.ratio_links import CentredClip, KLMask, PPOClip, RatioRows
+from tests.algorithms.chains import draw, gradients, play, slopes
+
+FREE = {"kl_penalty": 0.0, "num_minibatches": 1, "advantage_clip": 1e9}
+SDE = FlowSDE(0.7)
+
+METHODS = {
+    "flow_grpo": (flow_grpo.Config(**FREE, clip=0.5), SDE),
+    "dance_grpo": (flow_grpo.Config(**FREE, clip=0.5, kernel="dance_sde"), DanceSDE(0.3)),
+    "ddim": (flow_grpo.Config(**FREE, clip=0.5, kernel="ddim"), DDIM(1.0)),
+    "flow_cps": (flow_grpo.Config(**FREE, clip=0.5, kernel="cps"), CPS(0.8)),
+    "flow_dppo": (flow_dppo.Config(**FREE, delta=1.0), SDE),
+}
+WINDOWS = {
+    "flow_grpo_fast": (flow_grpo_fast.Config(**FREE, clip=0.5), CPS(0.8)),
+    "mix_grpo": (mix_grpo.Config(**FREE, clip=0.5, strategy="fixed"), SDE),
+}
+
+
+def within(values, groups, members, exact):
+    """The mean of groups, corrected for each sample being part of its own baseline, is the exact gradient within its interval."""
+    each = values.view(groups, members).mean(1) * members / (members - 1)
+    error = float(each.std()) / math.sqrt(groups)
+    assert float(each.mean()) == pytest.approx(exact, abs=4.2 * error)
+    return error
+
+
+@pytest.mark.parametrize(("config", "kernel"), METHODS.values(), ids=METHODS)
+def test_the_gradient_of_a_chain_is_the_exact_one_within_its_interval(config, kernel):
+    built, groups, members = config.build(), 60, 24
+    _, steps, found, _ = gradients(built, play(built, groups=groups, members=members))
+    exact = slopes(kernel, kernel)[0]
+    errors = [within(found[steps == k], groups, members, exact[k]) for k in range(9)]
+    # The interval means something: the largest gradient is many times it.
+    best = max(range(9), key=lambda k: abs(exact[k]))
+    assert errors[best] < 0.35 * abs(exact[best])
+
+
+@pytest.mark.parametrize(("config", "kernel"), WINDOWS.values(), ids=WINDOWS)
+def test_the_gradient_of_a_window_is_the_exact_one_of_a_sampler_with_noise_there_alone(config, kernel):
+    built, groups, members = config.build(), 60, 24
+    experience = play(built, groups=groups, members=members)
+    _, steps, found, _ = gradients(built, experience)
+    trained = list(built.plan(0, 10).trained)
+    assert torch.unique(steps).tolist() == trained
+    inside, outside = slopes(kernel, kernel)[0], slopes(kernel, Euler())[0]
+    whole = slopes(kernel, kernel)[1]
+    for k in trained:
+        # Later steps of the window shrink the response as the kernel does, those behind it as the ODE does.
+        last = trained[-1]
+        exact = inside[k] / inside[last] * outside[last] if abs(inside[last]) > 1e-9 else outside[k]
+        within(found[steps == k], groups, members, exact)
+    assert len(whole) == 10
+
+
+def test_guard_follows_the_flow_grpo_gradient_with_the_noise_of_the_step_over_its_size():
+    guard, plain = grpo_guard.Config(**FREE, clip=0.5).build(), flow_grpo.Config(**FREE, clip=0.5).build()
+    experience = play(guard, groups=3, members=8)
+    _, _, found, loss = gradients(guard, experience)
+    rows, _, expected, _ = gradients(plain, experience)
+    assert torch.allclose(found, expected * rows["std"] / (rows["sigma"] - rows["sigma_next"]), rtol=1e-10)
+    assert (loss.metrics["ratio"] - 1).abs().max() < 1e-12
+
+
+def moved(std, change, elements=4096, rows=4000):
+    """Rows whose mean has moved by ``change`` in every element, from draws with the given std."""
+    noise = draw("moved", (rows, elements)).float().double()
+    mean = torch.zeros(rows, elements, dtype=torch.float64)
+    column = torch.full((rows,), std, dtype=torch.float64)
+    table = Rows(
+        sample=torch.arange(rows), columns={"x_next": std * noise, "mean": mean, "std": column, "advantage": torch.ones(rows).double()}
+    )
+    log_ratio = ((table["x_next"] - mean).square() - (table["x_next"] - mean - change).square()).mean(1) / (2 * std**2)
+    return RatioRows(log_ratio=log_ratio, mean=mean + change, table=table)
+
+
+def test_the_log_ratio_is_biased_and_guards_is_not_and_has_one_scale():
+    rows = moved(0.3, 1e-3, rows=600)
+    assert float(rows.log_ratio.mean()) == pytest.approx(-5.556e-6, abs=3.5 * 5.208e-5 / math.sqrt(600))
+    assert float(rows.log_ratio.std()) == pytest.approx(5.208e-5, rel=0.1)
+    assert rows.kl().tolist() == pytest.approx([5.5556e-6] * 600, rel=1e-4)
+    for std in (0.3, 0.03):
+        rows = moved(std, 1e-3, rows=600)
+        centred = CentredClip(clip=1.0)(rows)[1]["centred_log_ratio"]
+        exact = (rows.table["x_next"] / std * 1e-3).mean(1).abs()
+        assert torch.allclose(centred, exact, rtol=1e-6, atol=1e-12)
+        # |dmu| / d, whatever the std of the step.
+        assert float(centred.square().mean().sqrt()) == pytest.approx(1.5625e-5, rel=0.1)
+
+
+def ratio_rows(log_ratio, advantage, divergence):
+    """One-element rows with std 1 whose mean moved so that the KL is what is asked for; the ratio is given, with gradient."""
+    change = torch.tensor(divergence, dtype=torch.float64).mul(2).sqrt()[:, None]
+    columns = {
+        "x_next": torch.zeros_like(change),
+        "mean": torch.zeros_like(change),
+        "std": torch.ones(len(change)).double(),
+        "advantage": torch.tensor(advantage).double(),
+    }
+    return RatioRows(log_ratio=log_ratio, mean=change, table=Rows(sample=torch.arange(len(change)), columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "divergence", "trained"),
+    [
+        (1.0, 1.2, 0.2, False),
+        (1.0, 1.2, 0.05, True),
+        (1.0, 0.8, 0.2, True),
+        (-1.0, 0.8, 0.2, False),
+        (-1.0, 1.2, 0.2, True),
+        (0.0, 1.2, 0.2, True),
+    ],
+)
+def test_dppo_leaves_a_row_alone_beyond_its_divergence_and_only_in_the_direction_of_the_advantage(advantage, ratio, divergence, trained):
+    log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    value, metrics = KLMask(delta=0.1)(ratio_rows(log_ratio, [advantage], [divergence]))
+    assert float(value) == pytest.approx(-advantage * ratio)
+    assert bool(metrics["clip_fraction"]) != trained
+    if value.requires_grad:
+        value.sum().backward()
+    found = 0.0 if log_ratio.grad is None else float(log_ratio.grad)
+    assert found == pytest.approx(-advantage * ratio if trained else 0.0)
+
+
+def test_ppo_clips_on_the_ratio_where_dppo_looks_at_the_divergence():
+    log_ratio = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    rows = ratio_rows(log_ratio, [1.0, 1.0], [0.01, 0.2])
+    assert PPOClip(clip=0.1)(rows)[1]["clip_fraction"].tolist() == [1.0, 1.0]
+    assert KLMask(delta=0.1)(rows)[1]["clip_fraction"].tolist() == [0.0, 1.0]
+    assert torch.allclose(rows.kl(), gaussian_kl(rows.mean, rows.table["mean"], 1.0, reduction="mean"))
+
+
+def test_fast_windows_are_drawn_by_the_seed_among_the_early_steps_and_differ_between_steps():
+    config = flow_grpo_fast.Config()
+    starts = [config.place(step, 10, 0) for step in range(60)]
+    assert set(starts) == {0, 1, 2}
+    assert starts == [config.place(step, 10, 0) for step in range(60)]
+    assert starts != [config.place(step, 10, 1) for step in range(60)]
+    assert {flow_grpo_fast.Config(first=2, limit=9).place(step, 10, 0) for step in range(100)} == {2, 3, 4, 5, 6}
+
+
+def test_mix_windows_move_are_drawn_or_stay_and_never_hold_the_last_step():
+    config = mix_grpo.Config(window=4)
+    assert [config.place(step, 10, 0) for step in (0, 24, 25, 124, 125, 149, 150)] == [0, 0, 1, 4, 5, 5, 0]
+    assert {mix_grpo.Config(window=4, strategy="random").place(step, 10, 0) for step in range(200)} == {0, 1, 2, 3, 4, 5}
+    assert {mix_grpo.Config(window=4, strategy="fixed").place(step, 10, 0) for step in range(0, 900, 30)} == {0}
+    for step in range(0, 400, 25):
+        assert config.build().plan(step, 10, 0).trained[-1] <= 8
+
+
+def test_samples_of_one_noise_part_at_the_window_and_share_what_comes_before():
+    plan = mix_grpo.Config(num_children=12).build().plan(50, 10, 0)
+    assert plan.trained == (2, 3, 4, 5)
+    assert plan.num_leaves == 12
+    assert plan.evaluations == 3 + 12 * 7  # 120 without sharing
+    assert plan.training_evaluations == 1 + 12 * 3
+    experience = play(mix_grpo.Config(**FREE, clip=0.5, num_children=12, strategy="fixed").build(), groups=2, members=1)
+    rows = mix_grpo.Config(**FREE).build().rows(experience, Update(seed=0, step=0, index=0))
+    assert len(rows) == 2 * 12 * 4
+    assert len(rows.states()[0]) == 2 * (1 + 12 * 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: flow_grpo_fast.Config(window=6).build().plan(0, 10), "window: 6 steps do not fit between step 0 and step 5 of 10"),
+        (lambda: flow_grpo_fast.Config(limit=12).build().plan(0, 10), "do not fit between step 0 and step 12"),
+        (lambda: flow_grpo_fast.Config(limit=10, first=7).build().plan(0, 10), "step 9 is the last one, where CPS has no noise"),
+        (lambda: mix_grpo.Config(window=10).build().plan(0, 10), "window: got size 10, needed 1 to 9"),
+        (lambda: grpo_guard.Config(log_prob="unit").build(), "use gaussian"),
+        (lambda: grpo_guard.Config(clip=0.0).build(), "clip: got 0.0"),
+        (lambda: flow_dppo.Config(delta=0.0).build(), "delta: got 0.0"),
+        (lambda: flow_grpo.Config(clip=-1.0).build(), "clip: got -1.0"),
+        (lambda: flow_grpo.Config().build().plan(0, 1), "trains none of its 1 steps"),
+        (lambda: flow_grpo.Config(noise_level=0.0), "without noise there is no log-prob; use awm"),
+    ],
+)
+def test_a_window_or_kernel_that_cannot_be_used_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
