@@ -13,15 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, sample_number, share_of
+from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.kernels import FlowSDE
 from flowalign.core.links import linear as linear_link
 from flowalign.core.links import ppo_clip
+from flowalign.core.matching import image_advantage, matching_rows
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import Plan, chain, ode
-from flowalign.core.randomness import normal, uniform
+from flowalign.core.randomness import uniform
 from flowalign.core.schedules import shift_sigmas
 from flowalign.core.surrogates import WEIGHTINGS, matching_score
 
@@ -145,6 +146,11 @@ class AWM:
         return (CURRENT,)
 
     @property
+    def behaviour(self) -> str:
+        """Sample with the current role."""
+        return CURRENT
+
+    @property
     def num_updates(self) -> int:
         """Passes times minibatches."""
         return self.config.num_epochs * self.config.num_minibatches
@@ -175,37 +181,11 @@ class AWM:
 
     def rows(self, experience: Experience, update: Update) -> Rows:
         """Lay out each image of the share at each level, the levels of an image together; noise is keyed by level, prompt and sample."""
-        config = self.config
-        if experience.target is not None:
-            raise ValueError("advantage: gives ratios to reach, which awm has no use for; use algorithm flow_grpo with link: bounded_ratio")
+        config, key = self.config, update.key(self.num_updates)
         chosen = share_of(experience, update, config.num_minibatches)
-        x0 = experience.trajectory.x0[chosen]
+        advantage = image_advantage(experience, chosen, config.advantage_clip, "awm") / config.advantage_clip * config.advantage_max
         levels = self._levels(experience.trajectory.sigmas, update)
-        samples = sample_number(experience.group[chosen], experience.sample[chosen])
-        noise = torch.stack(
-            [
-                normal(
-                    x0.shape[1:],
-                    seed=update.seed,
-                    purpose=f"awm noise {level}",
-                    step=update.key(self.num_updates),
-                    prompts=experience.prompt[chosen],
-                    samples=samples,
-                )
-                for level in range(config.num_levels)
-            ],
-            dim=1,
-        ).to(x0.device)
-        advantage = experience.advantage[chosen].mean(1).clamp(-config.advantage_clip, config.advantage_clip)
-        advantage = advantage / config.advantage_clip * config.advantage_max * experience.weight[chosen].mean(1)
-        each = config.num_levels
-        columns = {
-            "x0": x0.repeat_interleave(each, 0),
-            "noise": noise.flatten(0, 1),
-            "sigma": levels.to(x0).repeat(len(x0)),
-            "advantage": advantage.to(x0).repeat_interleave(each),
-        }
-        return Rows(sample=chosen.to(x0.device).repeat_interleave(each), columns=columns, block=each)
+        return matching_rows(experience, update, levels, advantage, chosen=chosen, key=key, purpose="awm")
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
         """Weigh the matching score by the advantage; every role sees the same noise and level."""

@@ -69,13 +69,15 @@ class Rows:
     """A table that an update trains on: ``sample`` ``[rows]`` (row of the experience) and named columns with the same first axis.
 
     Rows come in blocks of ``block`` that a loss needs together; a micro-batch never splits one. Rows with equal ``state`` ``[rows]``, side by
-    side, share one evaluation of the network; a micro-batch never splits these either, and its size counts evaluations.
+    side, share one evaluation of the network; a micro-batch never splits these either, and its size counts evaluations. Rows that are grouped
+    have losses that compare whole groups, which several processes do not hold.
     """
 
     sample: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     block: int = 1
     state: Tensor | None = None
+    is_grouped: bool = False
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -95,7 +97,7 @@ class Rows:
         """Select rows."""
         columns = {name: column[index] for name, column in self.columns.items()}
         state = None if self.state is None else self.state[index]
-        return Rows(sample=self.sample[index], columns=columns, block=self.block, state=state)
+        return Rows(sample=self.sample[index], columns=columns, block=self.block, state=state, is_grouped=self.is_grouped)
 
     def states(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each state, and for each row which state it has: evaluate the first, spread to the second."""
@@ -126,6 +128,11 @@ class Algorithm(Protocol):
     @property
     def players(self) -> tuple[str, ...]:
         """Networks that are trained, in the order of their turns; ``("current",)`` for reinforcement learning."""
+        ...
+
+    @property
+    def behaviour(self) -> str:
+        """The role that samples."""
         ...
 
     @property

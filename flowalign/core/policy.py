@@ -94,6 +94,11 @@ class PolicyGradient:
         return (CURRENT,)
 
     @property
+    def behaviour(self) -> str:
+        """Sample with the current role."""
+        return CURRENT
+
+    @property
     def num_updates(self) -> int:
         """Passes times minibatches."""
         return self.config.num_epochs * self.config.num_minibatches

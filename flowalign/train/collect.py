@@ -155,7 +155,12 @@ class Collector:
 
         cond = self.pipeline.encode([prompt.text for prompt in prompts])
         trajectory = self.pipeline.rollout(
-            cond, plan, x_init=initial("initial noise").to(self.accelerator.device), noise=noise, batch_size=self.config.rollout_batch_size
+            cond,
+            plan,
+            x_init=initial("initial noise").to(self.accelerator.device),
+            noise=noise,
+            batch_size=self.config.rollout_batch_size,
+            role=self.algorithm.behaviour,
         )
         self.evaluations["rollout"] += trajectory.evaluations
         everyone = [prompt for prompt in prompts for _ in range(plan.num_leaves)]
@@ -177,6 +182,7 @@ class Collector:
                 noise=_no_noise,
                 batch_size=self.config.rollout_batch_size,
                 start=start,
+                role=self.algorithm.behaviour,
             )
             self.evaluations["completion"] += done.evaluations
             return done.x0

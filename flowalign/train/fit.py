@@ -108,6 +108,11 @@ class Trainer:
         logged: dict[str, float] = {}
         for player in self.algorithm.players:
             rows = self.algorithm.rows(experience, update)
+            if rows.is_grouped and self.accelerator.num_processes > 1:
+                raise ValueError(
+                    f"algorithm: its loss compares whole groups, but {self.accelerator.num_processes} processes share each; run one process, or "
+                    "choose an algorithm that works row by row, such as diffusion_nft"
+                )
             if len(rows) == 0:
                 raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
             try:

@@ -36,7 +36,15 @@ class Pipeline(Protocol):
     def rows_per_evaluation(self) -> int: ...
     def encode(self, prompts: Sequence[str]) -> Any: ...
     def rollout(
-        self, cond: Any, plan: Plan, *, x_init: Tensor, noise: Callable[[int], Tensor], batch_size: int | None = None, start: int = 0
+        self,
+        cond: Any,
+        plan: Plan,
+        *,
+        x_init: Tensor,
+        noise: Callable[[int], Tensor],
+        batch_size: int | None = None,
+        start: int = 0,
+        role: str = CURRENT,
     ) -> Trajectory: ...
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
