@@ -32,6 +32,9 @@ from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 REFERENCE = "reference"
+EVERY = [
+    f"shapes_{name}" for name in ("awm", "flow_grpo", "tempflow", "fast", "mix_grpo", "guard", "dppo", "ddpo", "nft", "dgpo", "branch_grpo")
+]
 Call = tuple[str, bool, dict[str, Any]]  # role, gradient, arguments
 
 
@@ -40,7 +43,7 @@ class Watch:
     """Notes the denoiser's calls and redoes the bare work after each step."""
 
     trainer: Any
-    expected: Callable[[], Counter[tuple[str, bool]]]
+    expected: Callable[[int], Counter[tuple[str, bool]]]
     bare: list[dict[str, float]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     pause: bool = False
@@ -57,8 +60,9 @@ class Watch:
         rows = Counter[tuple[str, bool]]()
         for role, gradient, arguments in self.calls:
             rows[role, gradient] += len(arguments[latents])
-        if rows != self.expected():
-            raise SystemExit(f"denoiser rows (role, gradient): made {dict(rows)}, the mathematics needs {dict(self.expected())}")
+        expected = self.expected(line["step"])
+        if rows != expected:
+            raise SystemExit(f"denoiser rows (role, gradient): made {dict(rows)}, the mathematics needs {dict(expected)}")
         self.pause = True
         taken = {"rollout": 0.0, "train": 0.0, "decode": 0.0, "reward": 0.0}
         for role, gradient, arguments in self.calls:
@@ -84,7 +88,8 @@ class Watch:
             pipeline.pipe.vae.decode(part, return_dict=False)
 
     def _score(self, images: Tensor, step: int) -> None:
-        prompts = [prompt for prompt in self.trainer.draw(step) for _ in range(self.trainer.config.group_size)]
+        each = len(images) // self.trainer.config.groups
+        prompts = [prompt for prompt in self.trainer.draw(step) for _ in range(each)]
         for entry in self.trainer.rewards:
             entry.reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
 
@@ -104,22 +109,27 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def needed(config: RunConfig) -> Callable[[], Counter[tuple[str, bool]]]:
-    """Count the denoiser's rows of a step that the mathematics needs, by role and gradient."""
-    images = config.train.groups * config.train.group_size
-    algorithm = config.algorithm
+def needed(config: RunConfig) -> Callable[[int], Counter[tuple[str, bool]]]:
+    """Count the denoiser's rows of a step that the mathematics needs, by role and gradient: what plans and levels say, nothing measured."""
+    seeds = config.train.groups * config.train.group_size
+    algorithm = config.algorithm.build()
+    steps = config.pipeline.num_steps
     guided = 2 if config.pipeline.guidance_scale > 1 else 1
-    if type(algorithm).__module__.endswith("awm"):
-        trained, penalty = images * algorithm.num_levels, algorithm.reference_penalty
-        if algorithm.clip is not None or algorithm.slow_penalty > 0:
-            raise SystemExit("the count for a slow copy is not written down here")
-    else:
-        trained, penalty = images * (config.pipeline.num_steps - (not algorithm.train_last)), algorithm.kl_penalty
-    rows = Counter({("current", False): images * config.pipeline.num_steps * guided})
-    rows["current", True] = trained * algorithm.num_epochs * guided
-    if penalty > 0:
-        rows[REFERENCE, False] = rows["current", True]
-    return lambda: rows
+
+    def count(step: int) -> Counter[tuple[str, bool]]:
+        plan = algorithm.plan(step, steps, config.seed)
+        if plan.trained:
+            trained = plan.training_evaluations
+        else:
+            levels = config.algorithm.num_levels
+            trained = steps - 1 if levels is None else levels
+        rows = Counter({(algorithm.behaviour, False): seeds * plan.evaluations * guided})
+        rows["current", True] = seeds * trained * config.algorithm.num_epochs * guided
+        for role in algorithm.roles:
+            rows[role, False] += rows["current", True]
+        return rows
+
+    return count
 
 
 def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
@@ -179,7 +189,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", default=["shapes_awm", "shapes_flow_grpo"])
+    parser.add_argument("configs", nargs="*", default=EVERY)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--set", action="append", default=[], metavar="--KEY=VALUE", help="override a configuration key")

@@ -28,7 +28,7 @@ counter-example in the tests.
 those that the chosen estimator needs, and no others: `log_prob` of the trained steps; `baseline`, the reward of the ODE's image from the same noise;
 `step_rewards`, the value of the state that each trained step starts from (`train.step_rewards`: "completion" by the ODE, or the network's "prediction");
 `metric`, the columns under `metrics:` (any reward, or `novelty`, an image's mean distance to the others of its group). `tree` and `anchor_id` come from
-rollouts that fork, which no algorithm has yet, and `process` needs a judge of steps. `ssb` remembers samples, but training does not yet draw from
+rollouts that fork (`tempflow_grpo`, or `flow_grpo` with `depths`), and `process` from one whose every image judges one step (`tempflow_grpo`). `ssb` remembers samples, but training does not yet draw from
 its memory; `gradient_weights` uses the products of advantages there, because training does not measure gradients of single rewards. Per-step tables need an algorithm that trains noisy steps (`flow_grpo`), `bpo` its `link: bounded_ratio`.
 
 | recipe | formula | when to use | invariances | needs | source |

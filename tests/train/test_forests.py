@@ -1,6 +1,9 @@
 """Groups, trained steps, shared states and trees that follow from a plan, against the rollout's own table and by hand."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from flowalign.estimators import RewardBatch, estimate
 from flowalign.run import build_trainer
 from flowalign.run_config import load_config
 from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
+from flowalign.train.journal import read_log
 from tests.core.test_plan_shapes import PLANS, draw, run
 
 SDE = FlowSDE(0.7)
@@ -184,3 +188,21 @@ def test_what_a_plan_cannot_give_is_refused_before_it_begins(write_config, algor
 def test_one_noise_of_a_prompt_is_enough_where_children_are_compared(write_config):
     line = build(write_config, algorithm=TEMPFLOW, train={**SMALL, "group_size": 1}).step(0)
     assert line["grad_norm"] > 0
+
+
+def test_two_processes_grow_the_same_trees_as_one(write_config):
+    logs = []
+    for name, processes in (("one", 1), ("two", 2)):
+        path = write_config(name, steps=1, algorithm=TEMPFLOW, advantage="tree_rpo", train=SMALL)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        logs.append(read_log(load_config(str(path)).output / "log.jsonl")[0])
+    one, two = logs
+    assert one["images"] == two["images"] == 36
+    assert one["evaluations"] == two["evaluations"]
+    assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
+    assert two["advantage"] == pytest.approx(one["advantage"], abs=1e-3)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+    assert two["metrics"]["ratio_gap_first"] < 1e-6
