@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from flowalign.estimators.batch import AdvantageBatch as AdvantageBatch
 from flowalign.estimators.batch import RewardBatch as RewardBatch
 from flowalign.estimators.batch import Tree as Tree
 from flowalign.estimators.chain import Estimator as Estimator
-from flowalign.estimators.chain import Stage, chain
+from flowalign.estimators.chain import chain
+from flowalign.estimators.options import fit
+from flowalign.estimators.signals import Stage
 from flowalign.estimators.spelling import unknown
 from flowalign.estimators.stages import STAGES
 
@@ -52,9 +55,10 @@ def _call(what: str, make: Any, options: Mapping[str, Any], known: Sequence[str]
     wrong = next((key for key in options if key not in known), None)
     if wrong is not None:
         raise ValueError(f"{what}: {unknown('option', wrong, known)}")
+    kinds = typing.get_type_hints(make)
     try:
-        return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
-    except TypeError as error:
+        return make(**{key: fit(kinds[key], value, key) for key, value in options.items()})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
 
 
@@ -69,7 +73,7 @@ def recipe(name: str, **options: Any) -> Estimator:
         The estimator.
 
     Raises:
-        ValueError: If the recipe or an option is unknown; the nearest name is offered.
+        ValueError: If the recipe or an option is unknown, and the nearest name is offered; or an option does not fit.
 
     Examples:
         >>> recipe("gpro")
@@ -77,7 +81,11 @@ def recipe(name: str, **options: Any) -> Estimator:
         ValueError: unknown recipe 'gpro': did you mean 'grpo'?
     """
     made = config(name)
-    estimator: Estimator = _call(f"recipe {name!r}", made, options, [field.name for field in dataclasses.fields(made)]).build()
+    chosen = _call(f"recipe {name!r}", made, options, [field.name for field in dataclasses.fields(made)])
+    try:
+        estimator: Estimator = chosen.build()
+    except ValueError as error:
+        raise ValueError(f"recipe {name!r}: {error}") from error
     return estimator
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need
 from flowalign.estimators.segments import SegmentStats, segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 
 def clause_weights(rate: Tensor, valid: Tensor, *, alpha: float = 1.0, sigma: float = 0.1, delta: float = 1e-6) -> Tensor:
@@ -30,6 +30,7 @@ def clause_weights(rate: Tensor, valid: Tensor, *, alpha: float = 1.0, sigma: fl
     return torch.where(valid, weight, 0.0)
 
 
+@stage
 def clause_rewards(
     *, alpha: float = 1.0, sigma: float = 0.1, delta: float = 1e-6, prior: float = 0.0, rewards: Sequence[float] | None = None
 ) -> Stage:
@@ -66,9 +67,8 @@ def clause_rewards(
         x = torch.where(scored, torch.stack([strict, dense], 1), torch.nan)
         return replace(signal, x=x).note(strict=float(strict.mean()) if len(strict) else 0.0)
 
-    name = f"clause_rewards(alpha={alpha:g}, sigma={sigma:g}, delta={delta:g}, prior={prior:g})"
     return pure(
-        name, Signature(rewards="several", rows="sample", phase="reward", magnitude="-> chosen"), apply, needs=("clauses", "clauses_valid")
+        Signature(rewards="several", rows="sample", phase="reward", magnitude="-> rewards"), apply, needs=("clauses", "clauses_valid")
     )
 
 

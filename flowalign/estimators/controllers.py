@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State
 from flowalign.estimators.combine import choose_weights
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.signals import Signal, Stage, State, stage
 
 _NUM_POINTS = 4096  # of a Sobol sequence, for four rewards and more; the error of a volume is near 1 %
 
 
-def hypervolume(points: Tensor, reference: Tensor) -> float:
+def hypervolume(points: Tensor, reference: Tensor, *, top: Tensor | None = None) -> float:
     """Measure the volume that the points dominate above a reference point.
 
     Exact for up to three rewards. For more it is a quasi-random estimate with 4,096 points, good to about 1 % of the bounding box.
@@ -24,6 +24,8 @@ def hypervolume(points: Tensor, reference: Tensor) -> float:
     Args:
         points: ``[points, R]``; those that do not exceed the reference in every reward count nothing.
         reference: ``[R]``.
+        top: ``[R]``, upper corner of the box that an estimate draws from, at least every point; None for the points' own. Volumes that are
+            compared need the same box, or their difference is the estimate's error.
 
     Examples:
         >>> hypervolume(torch.tensor([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]), torch.zeros(2))
@@ -38,7 +40,7 @@ def hypervolume(points: Tensor, reference: Tensor) -> float:
     if above.shape[1] == 2:
         return _area(above)
     if above.shape[1] > 3:
-        top = above.amax(0)
+        top = above.amax(0) if top is None else (top - reference).to(torch.float64)
         draws = torch.quasirandom.SobolEngine(above.shape[1]).draw(_NUM_POINTS, dtype=torch.float64) * top
         return float((draws[:, None] <= above[None]).all(2).any(1).double().mean() * top.prod())
     above = above[torch.argsort(above[:, 2], descending=True)]
@@ -53,6 +55,7 @@ def _area(points: Tensor) -> float:
     return float((ordered[:, 0] * rise).sum())
 
 
+@stage
 def weigh_by_hypervolume(*, reference: float = 0.0, size: int = 64, rewards: Sequence[float] | None = None) -> Stage:
     """Multiply by ``0.5 + 1.5 * tanh(growth)``: steps whose mean rewards push the Pareto front of all steps so far count more.
 
@@ -77,14 +80,15 @@ def weigh_by_hypervolume(*, reference: float = 0.0, size: int = 64, rewards: Seq
         front = front if front.shape[1] == mean.shape[1] else mean[:0]
         point = torch.full((mean.shape[1],), reference, dtype=torch.float64)
         joined = torch.cat([front, mean])
-        growth = max(hypervolume(joined, point) - hypervolume(front, point), 0.0)
+        top = joined.amax(0)
+        growth = max(hypervolume(joined, point, top=top) - hypervolume(front, point, top=top), 0.0)
         factor = 0.5 + 1.5 * math.tanh(growth)
         kept = joined[~_dominated(joined)][-size:]
         return replace(signal, x=signal.x * factor).note(meta_reward=factor), {"front": kept}
 
-    signature = Signature(phase="reward | centred | scaled | calibrated", magnitude="-> chosen")
+    signature = Signature(phase="reward | centred | scaled | calibrated", magnitude="free | groups -> common")
     init: Callable[[], State] = lambda: {"front": torch.zeros(0, 0, dtype=torch.float64)}  # noqa: E731
-    return Stage(name=f"weigh_by_hypervolume(reference={reference:g}, size={size})", signature=signature, apply=apply, init=init)
+    return Stage(signature=signature, apply=apply, init=init)
 
 
 def _dominated(points: Tensor) -> Tensor:
@@ -112,6 +116,7 @@ def reweigh(weights: Tensor, gram: Tensor, *, rate: float, scale: float = 1.0) -
     return torch.softmax(weights.log() + rate * gram.sum(1) / scale, 0)
 
 
+@stage
 def combine_by_gradients(weights: Sequence[float] | None = None, *, rate: float = 0.1, scale: float = 1.0) -> Stage:
     """Add up the advantages of the rewards with weights that grow where a reward's gradient agrees with the others'.
 
@@ -146,12 +151,12 @@ def combine_by_gradients(weights: Sequence[float] | None = None, *, rate: float 
         noted = replace(signal, x=total).note(**{f"weight_{k}": float(w) for k, w in enumerate(current)})
         return noted, {"weights": reweigh(current, gram, rate=rate, scale=scale), "gram": torch.zeros(0, 0, dtype=torch.float64)}
 
-    signature = Signature(rewards="several -> one", phase="centred | scaled | calibrated", magnitude="-> chosen")
+    signature = Signature(rewards="several -> one", phase="centred | scaled | calibrated", magnitude="free | rewards -> free")
 
     def init() -> State:
         return {"weights": torch.zeros(0, dtype=torch.float64), "gram": torch.zeros(0, 0, dtype=torch.float64)}
 
-    return Stage(name=f"combine_by_gradients(rate={rate:g}, scale={scale:g})", signature=signature, apply=apply, init=init)
+    return Stage(signature=signature, apply=apply, init=init)
 
 
 def observe_gradients(state: Mapping[str, State], gram: Tensor) -> dict[str, Mapping[str, Any]]:

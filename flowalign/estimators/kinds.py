@@ -9,9 +9,12 @@ axis           values                                 meaning
 ``rewards``    ``several``, ``one``                   one column per reward, or already combined
 ``phase``      ``reward``, ``centred``, ``scaled``,   how far the signal is on its way to an advantage
                ``calibrated``
-``magnitude``  ``free``, ``chosen``                   ``chosen``: sizes were set on purpose, and dividing
-                                                      by a standard deviation would undo them
+``magnitude``  ``free``, ``rewards``, ``groups``,     what was weighed on purpose: rewards against one another,
+               ``common``                             groups against one another, or everything by one factor
 =============  =====================================  ==================================================
+
+A magnitude that was chosen is undone by what comes after it and does not see sizes: the standard deviation of each reward undoes every one,
+that of all samples a common factor, ranks and signs all of them. Such an order is refused. Combining rewards makes their weights safe.
 
 A stage declares per axis what it takes and gives: ``phase="reward -> centred"``, ``rows="sample | step"``.
 """
@@ -25,7 +28,7 @@ AXES = {
     "rows": ("sample", "node", "step"),
     "rewards": ("several", "one"),
     "phase": ("reward", "centred", "scaled", "calibrated"),
-    "magnitude": ("free", "chosen"),
+    "magnitude": ("free", "rewards", "groups", "common"),
 }
 
 _ADVICE = {
@@ -34,7 +37,7 @@ _ADVICE = {
     ("phase", "reward"): "put it before the baseline",
     ("phase", "centred"): "put exactly one baseline before it (center, leave_one_out)",
     ("rows", "step"): "give credit to the steps before it (broadcast_steps)",
-    ("magnitude", "free"): "weigh after scaling: dividing by a std undoes weights given before it",
+    ("magnitude", "free"): "weigh after it: standard deviations, ranks and signs undo weights given before them",
 }
 
 
@@ -49,8 +52,8 @@ class Kind:
 
     def __str__(self) -> str:
         """Write the kind as it appears in messages and in ``explain``."""
-        chosen = ", magnitude chosen" if self.magnitude == "chosen" else ""
-        return f"{self.phase}, {self.rewards} per {self.rows}{chosen}"
+        weighed = {"rewards": ", weighed by reward", "groups": ", weighed by group", "common": ", weighed by a common factor"}
+        return f"{self.phase}, {self.rewards} per {self.rows}{weighed.get(self.magnitude, '')}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.signals import Signal, Stage, State, stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ def priorities(advantage: Tensor, *, alpha: float = 1.0) -> Tensor:
     return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
 
 
+@stage
 def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> Stage:
     """Remember the samples with an advantage; advantages themselves pass unchanged. State: the buffer.
 
@@ -71,7 +72,7 @@ def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> S
         return {"uid": empty, "group": empty, "advantage": torch.zeros(0, dtype=torch.float64), "age": empty, "alpha": alpha}
 
     signature = Signature(rows="sample", rewards="one", phase="centred | scaled | calibrated")
-    return Stage(name=f"remember({capacity}, max_age={max_age}, alpha={alpha:g})", signature=signature, apply=apply, init=init)
+    return Stage(signature=signature, apply=apply, init=init)
 
 
 def draw(state: Mapping[str, Mapping[str, Any]], num: int, *, seed: int) -> Replayed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowalign.estimators import RewardBatch, chain, estimate, from_config, recipe
+from flowalign.estimators.compare import pareto_ranks
 from flowalign.estimators.controllers import hypervolume, observe_gradients, reweigh
 from flowalign.estimators.links import link, preference_margin
 from flowalign.estimators.pairs import select_pairs
@@ -93,7 +94,7 @@ EXAMPLES = [
     (
         "unlikeliness",
         make(B, log_prob=UNUSUAL),
-        {},
+        {"by": "log_prob"},
         [1.499996, *[-0.499999] * 3, 0.354737, 0.638527, 0.496632, -1.489895, *ZERO4, -1.161881, 0.387294, -0.387294, 1.161881],
     ),
     ("trust_grpo", make(THINK), {}, TRUST),
@@ -255,7 +256,7 @@ def test_gdpo_weights_change_the_result_and_a_missing_reward_adds_nothing():
     ],
 )
 def test_a_weight_that_a_standard_deviation_would_cancel_is_refused(stages):
-    with pytest.raises(ValueError, match="dividing by a std undoes weights given before it"):
+    with pytest.raises(ValueError, match="standard deviations, ranks and signs undo weights given before them"):
         from_config([*stages, {"stage": "broadcast_steps"}])
 
 
@@ -414,6 +415,116 @@ def test_without_measured_gradients_a_reward_against_the_others_loses_weight():
     estimator = recipe("gradient_weights")
     _, state = estimator.update(batch, estimator.init())
     assert state["2"]["weights"].argmin() == 2
+
+
+def test_a_reward_is_trusted_less_with_every_step_and_less_where_it_prefers_the_wrong():
+    def spread(step, think):
+        """Difference between the right and the wrong sample of a group of two, less that of their outcomes."""
+        estimator = chain(STAGES["trust_gate"](scale=0.3, decay_steps=500.0), STAGES["center"](), STAGES["broadcast_steps"]())
+        batch = make([[1.0, think[0]], [0.0, think[1]]], size=2)
+        found, after = estimator.update(batch, {"0": {"step": step}})
+        assert after["0"]["step"] == step + 1
+        return float(found.advantage[0, 0] - found.advantage[1, 0]) - 1
+
+    assert spread(0, (0.9, 0.1)) == pytest.approx(0.3 * 0.8, abs=1e-6)
+    assert spread(500, (0.9, 0.1)) == pytest.approx(0.3 * 0.8 / math.e, abs=1e-6)
+    assert spread(0, (0.1, 0.9)) == pytest.approx(-0.3 * 0.8 * math.exp(-0.8), abs=1e-6)
+
+
+def test_the_weight_of_a_density_is_bounded():
+    ratios = []
+    common = [("combine_rewards", {}), ("center", {})]
+    for largest in (1e6, 0.8):
+        scale = ("scale_by_beta_density", {"largest": largest})
+        found, plain = (stage_output(*common, *extra, ("broadcast_steps", {}), rewards=B2) for extra in ([scale], []))
+        ratios.append((found / plain).tolist())
+    assert max(ratios[0]) > 0.8 > min(ratios[0])
+    assert ratios[1] == pytest.approx([min(ratio, 0.8) for ratio in ratios[0]], abs=1e-6)
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_verpo_agrees_with_plain_loops(seed, prior):
+    generator = torch.Generator().manual_seed(seed)
+    clauses = (torch.rand(12, 3, generator=generator) < 0.5).double()
+    valid = (torch.rand(3, 3, generator=generator) < 0.8).repeat_interleave(4, 0)
+    found = advantage("verpo", clause_batch(clauses, valid), prior=prior, alpha=2.0, sigma=0.2, beta=0.7, delta=0.0).tolist()
+    score = []
+    for i in range(12):
+        members = range(i // 4 * 4, i // 4 * 4 + 4)
+        has = [c for c in range(3) if valid[i, c]]
+        rate = {c: (sum(float(clauses[j, c]) for j in members) + prior) / (4 + 2 * prior) for c in has}
+        weight = {c: math.exp(-2 * rate[c]) / sum(math.exp(-((rate[c] - rate[d]) ** 2) / (2 * 0.2**2)) for d in has) for c in has}
+        score.append((float(all(clauses[i, c] for c in has)), sum(weight[c] * float(clauses[i, c]) for c in has)))
+    for i in range(12):
+        members = [score[j] for j in range(i // 4 * 4, i // 4 * 4 + 4)]
+        strict, dense = ([member[k] for member in members] for k in (0, 1))
+        expected = score[i][0] - sum(strict) / 4 + 0.7 * (score[i][1] - sum(dense) / 4)
+        assert found[i] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_front_keeps_its_newest_points():
+    estimator = recipe("hypervolume", size=2)
+    state = {"2": {"front": torch.tensor([[1, 4], [2, 3]]).double()}}
+    _, after = estimator.update(make([[3.0, 2.0], [3.0, 2.0]], size=2), state)
+    assert after["2"]["front"].tolist() == [[2, 3], [3, 2]]
+
+
+def test_growth_with_four_rewards_is_measured_in_one_box():
+    front = torch.tensor([[1.0, 0.2, 0.5, 0.5]]).double()
+    state = {"2": {"front": front}}
+    # A dominated point grows nothing, whatever the estimate of a volume is worth.
+    pushed, _ = recipe("hypervolume").update(make([[0.5, 0.1, 0.4, 0.4]] * 2, size=2), state)
+    assert pushed.stats["meta_reward"] == 0.5
+    larger, _ = recipe("hypervolume").update(make([[1.0, 0.4, 0.5, 0.5]] * 2, size=2), state)
+    assert larger.stats["meta_reward"] == pytest.approx(0.5 + 1.5 * math.tanh(0.05), abs=0.01)
+
+
+def test_boxes_begin_at_their_lower_edge():
+    assert pareto_ranks(torch.tensor([[0.19, 0.5], [0.11, 0.65]]).double(), torch.zeros(2, dtype=torch.int64), box=0.1).tolist() == [1, 0]
+
+
+def test_a_smooth_shortfall_is_a_log_sum():
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.5]])
+    found = stage_output(
+        ("combine_by_shortfall", {"weights": (1.0, 2.0), "smoothing": 0.5}), ("center", {}), ("broadcast_steps", {}), rewards=rewards
+    )
+    smooth = [-0.5 * math.log(math.exp(0 / 0.5) + math.exp(2 * 0.5 / 0.5)), -0.5 * math.log(math.exp(0.8 / 0.5) + math.exp(0 / 0.5))]
+    assert float(found[0] - found[1]) == pytest.approx(smooth[0] - smooth[1], abs=1e-6)
+
+
+def test_a_sample_that_comes_again_replaces_its_earlier_entry():
+    estimator = recipe("ssb")
+    _, state = estimator.update(make(B), estimator.init())
+    _, state = estimator.update(make([0.0, 0, 0, 1]), state)
+    assert sorted(state["4"]["uid"].tolist()) == list(range(8))
+    again = dict(
+        zip(state["4"]["uid"].tolist(), zip(state["4"]["age"].tolist(), state["4"]["advantage"].tolist(), strict=True), strict=True)
+    )
+    assert [again[uid][0] for uid in range(8)] == [1] * 4 + [2] * 4
+    assert again[0][1] == pytest.approx(-0.57725, abs=1e-3)
+    assert again[3][1] == pytest.approx(1.73175, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bnpo", "trust_grpo", "hypervolume", "gradient_weights", "ssb", "epo"])
+def test_what_is_remembered_has_an_effect(name):
+    estimator = recipe(name, **({"momentum": 0.9} if name == "bnpo" else {"rate": 2.0} if name == "gradient_weights" else {}))
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(share):
+        rewards = torch.rand(16, 2 if name not in ("bnpo", "ssb", "epo") else 1, generator=generator) * share
+        return make(rewards, metric=torch.rand(16, 1, generator=generator) * share)
+
+    _, state = estimator.update(batch(0.1), estimator.init())
+    second = batch(1.0)
+    kept, after = estimator.update(second, state)
+    fresh, afresh = estimator.update(second, estimator.init())
+    if name == "ssb":  # it changes no advantage; what is drawn later differs
+        assert len(after["4"]["uid"]) == 16 == len(afresh["4"]["uid"])
+        assert kept.stats["remembered"] == fresh.stats["remembered"]
+        assert not torch.equal(after["4"]["age"], afresh["4"]["age"]) or torch.equal(kept.advantage, fresh.advantage)
+    else:
+        assert float((kept.advantage - fresh.advantage).abs().max()) > 1e-4
 
 
 def test_priorities_are_those_of_the_worked_example():
