@@ -74,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
         "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
     )
 
+    compare = add(
+        "benchmark",
+        "compare methods at equal compute over several seeds; the same command goes on",
+        "flowalign benchmark benchmark_shapes --jobs 2",
+    )
+    compare.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    compare.add_argument("--jobs", type=_positive, default=1, help="runs at a time")
+    compare.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads of each; equal shares where not given")
+    compare.usage = "flowalign benchmark CONFIG [--jobs JOBS] [--threads N] [--field value ...]"
+
     sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
     sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
@@ -134,6 +144,10 @@ def _run(options: argparse.Namespace) -> None:
         from flowalign.run import train
 
         train(options.config, options.overrides)
+    elif options.command == "benchmark":
+        from flowalign.benchmark.study import benchmark
+
+        benchmark(options.config, options.unknown, jobs=options.jobs, threads=options.threads)
     elif options.command == "evaluate":
         from flowalign.generate import evaluate
 
@@ -164,7 +178,11 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    options.unknown = unknown
+    if unknown and options.command != "benchmark":  # whose other words are fields of its configuration
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     sys.path.append(os.getcwd())  # so that `type: my_package.my_reward` finds a module of the folder one works in
     try:
         _dispatch(options)
