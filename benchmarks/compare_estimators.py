@@ -1,7 +1,8 @@
 """Which estimator? Recipes under AWM on the shapes world, at equal images and several training seeds, scored on held-out prompts.
 
-Every run differs from the others in its recipe, its setting and its seed only. The reward is either the demo's (half strict, half graded, all tags) or
-strict on the two hardest tags: 0 or 1, so that in many groups all samples fail. Finished runs are kept, so that the command goes on where it was stopped.
+Every run differs from the others in its recipe, its setting and its seed only. The reward is the demo's (half strict, half graded, all tags), or strict, 0 or
+1: on the two hardest tags, and on training prompts that the base passes once in eight images or never, so that in many groups all samples fail. Finished
+runs are kept, so that the command goes on where it was stopped.
 
     python benchmarks/compare_estimators.py --output runs/compare_estimators --jobs 2
 
@@ -58,7 +59,8 @@ class Setting:
 
     name: str
     strict: float
-    tag_weights: dict[str, int]
+    tag_weights: dict[str, int] | None = None
+    rarely_passed: bool = False
 
 
 SETTINGS = {
@@ -68,8 +70,10 @@ SETTINGS = {
         strict=1.0,
         tag_weights={**dict.fromkeys(ALL_TAGS, 0), "position": 1, "color_attr": 1},
     ),
+    "rare": Setting(name="strict reward (0 or 1), prompts that the base rarely passes", strict=1.0, rarely_passed=True),
 }
 REFERENCE = "grpo"
+RARE, RARE_FROM, RARE_IMAGES = "rare_prompts.jsonl", 600, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,7 @@ class Cell:
             "output": self.folder / "run",
             "advantage": RECIPES[self.recipe],
             "rewards": f"[{{reward: {{type: shapes, strict: {SETTINGS[self.setting].strict}}}}}]",
+            "prompts.source": str(options.output / RARE) if SETTINGS[self.setting].rarely_passed else "shapes",
             "prompts.tag_weights": json.dumps(SETTINGS[self.setting].tag_weights),
             "train.groups": options.groups,
             "train.group_size": options.group_size,
@@ -100,6 +105,21 @@ class Cell:
 def suite(options: argparse.Namespace) -> ShapesSuite:
     """The held-out prompts that every run is scored on."""
     return ShapesSuite(split="heldout", num_prompts=options.num_prompts, images_per_prompt=options.images_per_prompt)
+
+
+def write_rare_prompts(options: argparse.Namespace) -> None:
+    """Write the training prompts of which at most one of eight images of the base passes."""
+    path = options.output / RARE
+    if path.is_file():
+        return
+    training = ShapesSuite(split="train", num_prompts=RARE_FROM, images_per_prompt=RARE_IMAGES)
+    pipeline = load_config("shapes_awm").pipeline.build(seed=0)
+    found = score_model(pipeline, training, num_steps=pipeline.num_steps, seed=1, title="base on training prompts", role="reference")
+    passed: dict[int, int] = {}
+    for record in found.records:
+        passed[record.id] = passed.get(record.id, 0) + record.strict
+    lines = [json.dumps(dict(prompt.metadata)) for prompt in training.prompts() if passed[prompt.id] <= 1]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run(cell: Cell, options: argparse.Namespace) -> None:
@@ -166,7 +186,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def failing(base: Evaluation, setting: str) -> float:
     """The share of groups that get nothing from the strict reward, each tag weighted as in training."""
-    weights = SETTINGS[setting].tag_weights
+    weights = SETTINGS[setting].tag_weights or ALL_TAGS
     groups: dict[tuple[str, int], list[bool]] = {}
     for record in base.records:
         groups.setdefault((record.tag, record.id), []).append(record.strict)
@@ -180,7 +200,12 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
     columns = ("recipe", "gain over the base", "seeds", f"minus {REFERENCE}", "mean |advantage|", "distance to the base")
     for setting in options.settings:
         found = rows(cells, base, options.recipes, setting)
-        flat = _mean([float(str(row["flat"])) for row in found if row["flat"] == row["flat"]] or [float("nan")])
+        # What a recipe compares may be flat where its rewards are not; grpo compares the rewards themselves.
+        flat = next(float(str(row["flat"])) for row in found if row["recipe"] == REFERENCE)
+        rare = SETTINGS[setting].rarely_passed
+        before = "" if rare else f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; "
+        num = len((options.output / RARE).read_text().splitlines()) if rare else 0
+        chosen = f"{num} prompts, chosen among {RARE_FROM} by {RARE_IMAGES} images each; " if rare else ""
         (options.output / f"rows_{setting}.json").write_text(json.dumps(found, indent=2) + "\n")
         tables.append(
             Table(
@@ -190,7 +215,7 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
                     [str(row[key]) for key in ("recipe", "gain", "seeds", "versus")] + [f"{row['size']:.3f}", f"{row['distance']:.4f}"]
                     for row in found
                 ],
-                caption=f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; in training, {flat:.0%} of them are flat.",
+                caption=f"{before}{chosen}in {REFERENCE}'s training, {flat:.0%} of the groups are flat.",
             )
         )
     return tables
@@ -227,6 +252,8 @@ def main() -> None:
         for recipe in options.recipes
     ]
     options.output.mkdir(parents=True, exist_ok=True)
+    if any(SETTINGS[name].rarely_passed for name in options.settings):
+        write_rare_prompts(options)
     todo = [cell for cell in cells if not (cell.folder / "records.jsonl").is_file()]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run, cell, options): cell for cell in todo}

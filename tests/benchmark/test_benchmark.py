@@ -29,7 +29,14 @@ def write(model, tmp_path):
         "steps": 3,
         "pipeline": {"type": "sd3", "model": str(model), "num_steps": 3, "max_sequence_length": 16, "lora": {"rank": 2, "alpha": 4}},
         "rewards": [{"reward": {"type": "shapes", "strict": 0.0}}],
-        "algorithm": {"type": "awm", "levels": "uniform", "num_levels": 2, "num_minibatches": 1, "reference_penalty": 0.1, "slow_penalty": 0.0},
+        "algorithm": {
+            "type": "awm",
+            "levels": "uniform",
+            "num_levels": 2,
+            "num_minibatches": 1,
+            "reference_penalty": 0.1,
+            "slow_penalty": 0.0,
+        },
         "train": {"groups": 2, "group_size": 4, "micro_batch_size": 8},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
