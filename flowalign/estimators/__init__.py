@@ -55,7 +55,7 @@ def _call(what: str, make: Any, options: Mapping[str, Any], known: Sequence[str]
     wrong = next((key for key in options if key not in known), None)
     if wrong is not None:
         raise ValueError(f"{what}: {unknown('option', wrong, known)}")
-    kinds = typing.get_type_hints(make)
+    kinds = typing.get_type_hints(make, include_extras=True)
     try:
         return make(**{key: fit(kinds[key], value, key) for key, value in options.items()})
     except (TypeError, ValueError) as error:
@@ -106,6 +106,8 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]
         if "type" not in given:
             raise ValueError("advantage: needs a 'type', for example {type: grpo, eps: 1e-4}")
         return recipe(str(given.pop("type")), **given)
+    if not isinstance(spec, Sequence):
+        raise ValueError(f"advantage: got {spec!r}, needed a recipe's name, a mapping with a 'type', or a list of stages")
     stages: list[Stage] = []
     for position, entry in enumerate(spec):
         if not isinstance(entry, str) and not (isinstance(entry, Mapping) and "stage" in entry):

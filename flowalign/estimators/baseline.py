@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need, need_column
 from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs, statistics
 from flowalign.estimators.segments import SegmentStats, segment_medians, segment_ranks, segment_stats
@@ -98,7 +98,9 @@ def subtract_given() -> Stage:
             raise ValueError(f"baseline: got {given.shape[1]} columns for {signal.x.shape[1]} rewards, needed one each")
         return replace(signal, x=signal.x - given[signal.sample], raw=signal.x)
 
-    return pure(Signature(rows="sample", phase="reward -> centred"), apply, needs=("baseline",))
+    return pure(
+        Signature(rows="sample", rewards="several", phase="reward -> centred", refuses=f"{FACTORS} | shaped"), apply, needs=("baseline",)
+    )
 
 
 def with_virtual(stats: SegmentStats, value: float, num: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,7 +66,10 @@ class RewardBatch:
 
     def __post_init__(self) -> None:
         """Convert to float64 and int64 on the CPU and check shapes, ids and values."""
-        if self.rewards.ndim != 2:
+        for name in _TABLES:
+            if vars(self)[name] is not None and not isinstance(vars(self)[name], Tensor):
+                raise ValueError(f"{name}: got {type(vars(self)[name]).__name__}, needed a torch.Tensor")
+        if self.rewards.ndim != 2 or self.rewards.shape[1] == 0:
             raise ValueError(
                 f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]"
             )

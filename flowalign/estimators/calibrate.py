@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_column
+from flowalign.estimators.options import at_least, inside
 from flowalign.estimators.scale import Rule, divisor, quotient, refuse_divisor
 from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs, statistics
 from flowalign.estimators.segments import segment_medians, segment_stats
@@ -53,13 +54,13 @@ def renormalise(over: Segmentation = "batch", *, ddof: int = 1, eps: float = 1e-
         flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
         return replace(signal, x=torch.where(flat, 0.0, quotient(signal.x - stats.rows(mean), stats.rows(by))))
 
-    return pure(replace(_CALIBRATE, magnitude="free | groups" if over == "batch" else "free"), apply, needs=segment_needs(over))
+    return pure(replace(_CALIBRATE, refuses="rewards | common" if over == "batch" else FACTORS), apply, needs=segment_needs(over))
 
 
 @stage
 def sign() -> Stage:
     """Keep only the sign: 1, 0 or -1."""
-    signature = replace(_CALIBRATE, magnitude="free")
+    signature = replace(_CALIBRATE, refuses=FACTORS)
     return pure(signature, lambda signal, batch: replace(signal, x=torch.where(signal.x.isnan(), signal.x, torch.sign(signal.x))))
 
 
@@ -85,7 +86,8 @@ def to_probability(size: float = 5.0) -> Stage:
     """
     if size <= 0:
         raise ValueError(f"to_probability: got {size}, needed a positive size")
-    return pure(_CALIBRATE, lambda signal, batch: replace(signal, x=(signal.x / size).clamp(-1, 1) / 2 + 0.5))
+    signature = replace(_CALIBRATE, phase="centred | scaled | calibrated -> probability")
+    return pure(signature, lambda signal, batch: replace(signal, x=(signal.x / size).clamp(-1, 1) / 2 + 0.5))
 
 
 @stage
@@ -115,7 +117,7 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
         target = torch.where(stats.rows(stats.is_flat()) | torch.isnan(raw), 1.0, target)
         return replace(signal, target=target[:, 0])
 
-    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", magnitude="free")
+    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", adds="weights")
     return pure(signature, apply)
 
 
@@ -129,6 +131,8 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         variant: Without passes "vl" keeps 1 and "llm" damps; without failures it is the other way round.
         metric: Column of ``RewardBatch.metric``.
     """
+    inside("damping", damping, 0.0, 1.0)
+    at_least("metric", metric, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         value = need_column(batch, "metric", metric, "damp_unless_elaborate")[signal.sample, None]
@@ -141,9 +145,7 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         keep = torch.where(none_failed, variant == "llm", torch.where(none_passed, variant == "vl", elaborate))
         return replace(signal, x=torch.where(passed.rows(keep), signal.x, damping * signal.x))
 
-    return pure(
-        Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="free | groups -> groups"), apply, needs=("metric",)
-    )
+    return pure(Signature(phase="centred | scaled | calibrated", rewards="one", adds="groups"), apply, needs=("metric",))
 
 
 STAGES: Sequence[Callable[..., Stage]] = (clip, renormalise, sign, keep_side, to_probability, target_ratio, damp_unless_elaborate)

@@ -76,11 +76,26 @@ class Estimator:
         # The last stage usually repeats each sample's advantage for every step: cheaper while laying out than as 50 times the rows.
         late = self.stages[-1].spreads
         for position, stage in enumerate(self.stages[:-1] if late else self.stages):
-            signal, after = stage.apply(signal, ordered, state.get(str(position), {}))
+            signal, after = stage.apply(signal, ordered, _state_of(stage, state, position))
             if after:
                 new[str(position)] = after
         signal = signal.note(flat_groups=_share_of_flat_groups(ordered))
         return (_spread if late else _collect)(signal, ordered, torch.argsort(order)), new
+
+
+def _state_of(stage: Stage, state: Mapping[str, State], position: int) -> State:
+    """Return a stage's own state.
+
+    Raises:
+        ValueError: If the state is of another estimator.
+    """
+    found, begun = state.get(str(position), {}), stage.init()
+    if found.keys() != begun.keys():
+        raise ValueError(
+            f"state of stage {position + 1} ({stage.name}): got {sorted(found) or 'nothing'}, needed {sorted(begun) or 'nothing'}; "
+            "begin with init(), and go on with what update returned of the same estimator"
+        )
+    return found
 
 
 def _share_of_flat_groups(batch: RewardBatch) -> float:
@@ -106,7 +121,7 @@ def _spread(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
         rows = torch.where(keep, values.float(), default)[back][:, None].expand(-1, batch.num_steps)
         return rows.contiguous() if mask is None else torch.where(mask, rows, default)
 
-    return _result(signal, keep, table, back)
+    return _result(signal, batch, keep, table, back)
 
 
 def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
@@ -127,11 +142,21 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
         laid_out = laid_out if everything else torch.where(usable, laid_out, default)
         return laid_out if in_order else laid_out[back]
 
-    return _result(signal, keep, table, back)
+    return _result(signal, batch, keep, table, back)
 
 
-def _result(signal: Signal, keep: Tensor, table: Callable[[Tensor, float], Tensor], back: Tensor) -> AdvantageBatch:
-    advantage = table(torch.nan_to_num(signal.x[:, 0]), 0.0)
+def _result(signal: Signal, batch: RewardBatch, keep: Tensor, table: Callable[[Tensor, float], Tensor], back: Tensor) -> AdvantageBatch:
+    rows = torch.nan_to_num(signal.x[:, 0], posinf=torch.inf, neginf=-torch.inf)
+    for name, values in (("advantage", rows), ("weight", signal.weight)):
+        wrong = (values.abs() > torch.finfo(torch.float32).max).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            uid = int(batch.sample_uid[signal.sample[row]])
+            raise ValueError(
+                f"the {name} of sample {uid} is {float(values[row]):g}, which float32 cannot hold; rescale the rewards, their weights or the "
+                "temperature"
+            )
+    advantage = table(rows, 0.0)
     stats = {**signal.stats, "kept": float(keep.double().mean()), "size": float(advantage.abs().mean())}
     return AdvantageBatch(
         advantage=advantage,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segments import SegmentStats, segment_stats
 from flowalign.estimators.signals import Signal, Stage, pure, stage
 
@@ -45,6 +46,8 @@ def clause_rewards(
         prior: Passes and as many failures that are added to each pass rate; 1 is sensible for groups of at most 8.
         rewards: Weights of the rewards that the batch brings; at most one may differ from 0, since clauses replace it.
     """
+    for name, value in (("alpha", alpha), ("sigma", sigma), ("delta", delta), ("prior", prior)):
+        at_least(name, value, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         passed, valid = need(batch, "clauses", "clause_rewards"), need(batch, "clauses_valid", "clause_rewards")
@@ -68,7 +71,9 @@ def clause_rewards(
         return replace(signal, x=x).note(strict=float(strict.mean()) if len(strict) else 0.0)
 
     return pure(
-        Signature(rewards="several", rows="sample", phase="reward", magnitude="-> rewards"), apply, needs=("clauses", "clauses_valid")
+        Signature(rewards="several", rows="sample", phase="reward", refuses=FACTORS, adds="shaped"),
+        apply,
+        needs=("clauses", "clauses_valid"),
     )
 
 

@@ -53,7 +53,7 @@ def combine_rewards(weights: Sequence[float] | None = None) -> Stage:
         chosen = choose_weights(weights, signal.x.shape[1])
         return replace(signal, x=weighted_sum(signal.x, chosen)[:, None])
 
-    return pure(Signature(rewards="several -> one", phase="reward", magnitude="free | rewards -> free"), apply)
+    return pure(Signature(rewards="several -> one", phase="reward", drops="rewards"), apply)
 
 
 @stage
@@ -68,7 +68,7 @@ def combine_advantages(weights: Sequence[float] | None = None, *, missing: Liter
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return replace(signal, x=_add(signal.x, choose_weights(weights, signal.x.shape[1]), missing))
 
-    return pure(Signature(rewards="several -> one", phase=_COMPARED, magnitude="free | rewards -> free"), apply)
+    return pure(Signature(rewards="several -> one", phase=_COMPARED, drops="rewards"), apply)
 
 
 @stage
@@ -85,7 +85,7 @@ def average_advantages(weights: Sequence[float] | None = None) -> Stage:
             raise ValueError(f"reward_weights: got {chosen.tolist()}, needed a positive sum to average")
         return replace(signal, x=_add(signal.x, chosen / chosen.sum(), "zero"))
 
-    return pure(Signature(rewards="several -> one", phase=_COMPARED, magnitude="free | rewards -> free"), apply)
+    return pure(Signature(rewards="several -> one", phase=_COMPARED, drops="rewards"), apply)
 
 
 @stage
@@ -117,7 +117,7 @@ def combine_by_shortfall(weights: Sequence[float] | None = None, *, smoothing: f
     def init() -> State:
         return {"best": torch.zeros(1, 0, dtype=torch.float64)}
 
-    return Stage(signature=Signature(rewards="several -> one", phase="reward", magnitude="free | rewards -> free"), apply=apply, init=init)
+    return Stage(signature=Signature(rewards="several -> one", phase="reward", adds="shaped", drops="rewards"), apply=apply, init=init)
 
 
 def _add(x: Tensor, weights: Tensor, missing: str) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs
 from flowalign.estimators.segments import segment_pairs, segment_stats, settle_ties
 from flowalign.estimators.signals import Signal, Stage, pure, stage
@@ -28,7 +29,7 @@ def win_rate() -> Stage:
         rate = torch.zeros_like(signal.x).index_add(0, left, won) / (stats.rows(stats.count) - 1).clamp(min=1)
         return replace(signal, x=torch.where(torch.isnan(signal.x), torch.nan, rate))
 
-    return pure(Signature(phase="reward", magnitude="free"), apply)
+    return pure(Signature(phase="reward", refuses=FACTORS, adds="shaped"), apply)
 
 
 def pareto_ranks(x: Tensor, key: Tensor, *, box: float = 0.0) -> Tensor:
@@ -72,6 +73,7 @@ def pareto_rank(*, over: Segmentation = "group", box: float = 0.0, rewards: Sequ
         box: See ``pareto_ranks``.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    at_least("box", box, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         used = selected(rewards, signal.x.shape[1], "pareto_rank")
@@ -79,7 +81,7 @@ def pareto_rank(*, over: Segmentation = "group", box: float = 0.0, rewards: Sequ
         fronts = float(ranks.nan_to_num().max()) + 1 if len(ranks) else 0.0
         return replace(signal, x=-ranks[:, None]).note(fronts=fronts)
 
-    return pure(Signature(rewards="several -> one", phase="reward", magnitude="free"), apply, needs=segment_needs(over))
+    return pure(Signature(rewards="several -> one", phase="reward", refuses=FACTORS, adds="shaped"), apply, needs=segment_needs(over))
 
 
 @stage
@@ -91,6 +93,7 @@ def keep_front(*, over: Literal["batch", "group"] = "batch", box: float = 0.0, r
         box: See ``pareto_ranks``.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    at_least("box", box, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         used = selected(rewards, batch.rewards.shape[1], "keep_front")
@@ -114,6 +117,8 @@ def hierarchy(
         margins: One for all levels, or one for each.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    for margin in [margins] if isinstance(margins, float) else margins:
+        at_least("margins", margin, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         levels = _levels(order, rewards, signal.x.shape[1])
@@ -134,7 +139,7 @@ def hierarchy(
         score = score / (stats.rows(stats.count)[:, 0] - 1).clamp(min=1)
         return replace(signal, x=torch.where(torch.isnan(complete[:, 0]), torch.nan, score)[:, None])
 
-    return pure(Signature(rewards="several -> one", phase="reward", magnitude="free"), apply)
+    return pure(Signature(rewards="several -> one", phase="reward", refuses=FACTORS, adds="shaped"), apply)
 
 
 def selected(rewards: Sequence[float] | None, num: int, stage: str) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.combine import choose_weights
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.options import at_least
 from flowalign.estimators.signals import Signal, Stage, State, stage
 
 _NUM_POINTS = 4096  # of a Sobol sequence, for four rewards and more; the error of a volume is near 1 %
@@ -70,6 +71,7 @@ def weigh_by_hypervolume(*, reference: float = 0.0, size: int = 64, rewards: Seq
         Lu et al., "Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting", 2025, https://arxiv.org/abs/2509.11452,
         and its released code. Deviation: that code multiplies the reward before a standard deviation, which cancels it.
     """
+    at_least("size", size, 1)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         used = choose_weights(rewards, batch.rewards.shape[1]) != 0
@@ -86,7 +88,7 @@ def weigh_by_hypervolume(*, reference: float = 0.0, size: int = 64, rewards: Seq
         kept = joined[~_dominated(joined)][-size:]
         return replace(signal, x=signal.x * factor).note(meta_reward=factor), {"front": kept}
 
-    signature = Signature(phase="reward | centred | scaled | calibrated", magnitude="free | groups -> common")
+    signature = Signature(phase="reward | centred | scaled | calibrated", adds="common")
     init: Callable[[], State] = lambda: {"front": torch.zeros(0, 0, dtype=torch.float64)}  # noqa: E731
     return Stage(signature=signature, apply=apply, init=init)
 
@@ -145,13 +147,13 @@ def combine_by_gradients(weights: Sequence[float] | None = None, *, rate: float 
         current = state["weights"] if fits else start[used] / start[used].sum()
         x = signal.x[:, used]
         unknown, filled = torch.isnan(x), torch.nan_to_num(x)
-        gram = state["gram"] if len(state["gram"]) == len(current) else filled.T @ filled / max(len(x), 1)
+        gram = _gram(state["gram"], used) if len(state["gram"]) else filled.T @ filled / max(len(x), 1)
         total = (filled * current).sum(1, keepdim=True) * len(current)
         total = torch.where(unknown.all(1, keepdim=True), torch.nan, total)
         noted = replace(signal, x=total).note(**{f"weight_{k}": float(w) for k, w in enumerate(current)})
         return noted, {"weights": reweigh(current, gram, rate=rate, scale=scale), "gram": torch.zeros(0, 0, dtype=torch.float64)}
 
-    signature = Signature(rewards="several -> one", phase="centred | scaled | calibrated", magnitude="free | rewards -> free")
+    signature = Signature(rewards="several -> one", phase="centred | scaled | calibrated", drops="rewards")
 
     def init() -> State:
         return {"weights": torch.zeros(0, dtype=torch.float64), "gram": torch.zeros(0, 0, dtype=torch.float64)}
@@ -159,18 +161,29 @@ def combine_by_gradients(weights: Sequence[float] | None = None, *, rate: float 
     return Stage(signature=signature, apply=apply, init=init)
 
 
+def _gram(measured: Tensor, used: Tensor) -> Tensor:
+    """Take the rewards that are used out of a measured matrix of all rewards, or of just those."""
+    if len(measured) == len(used):
+        return measured[used][:, used]
+    if len(measured) == int(used.sum()):
+        return measured
+    raise ValueError(f"observe_gradients: got a matrix of {len(measured)} rewards, needed {len(used)}")
+
+
 def observe_gradients(state: Mapping[str, State], gram: Tensor) -> dict[str, Mapping[str, Any]]:
     """Put measured inner products of the rewards' gradients into an estimator's state; the next update uses them once.
 
     Args:
         state: From ``Estimator.init`` or ``Estimator.update``.
-        gram: ``[R, R]``, summed over ranks.
+        gram: ``[R, R]``, summed over ranks; of all rewards, or of those whose weight is not 0.
 
     Raises:
-        ValueError: If no stage of the estimator weighs by gradients, or the matrix is not square.
+        ValueError: If no stage of the estimator weighs by gradients, or the matrix is not square or not finite.
     """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
         raise ValueError(f"gram: got shape {tuple(gram.shape)}, needed [rewards, rewards]")
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("gram: got entries that are not finite, which would spoil the weights of all later steps")
     if not any("gram" in entry for entry in state.values()):
         raise ValueError("observe_gradients: no stage of this estimator weighs by gradients; use the recipe 'gradient_weights'")
     return {key: {**entry, "gram": gram.detach().cpu().double()} if "gram" in entry else entry for key, entry in state.items()}

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.combine import choose_weights, weighted_sum
-from flowalign.estimators.kinds import Signature
-from flowalign.estimators.links import link
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.links import LARGEST_LOG_RATIO, link
 from flowalign.estimators.needs import need
+from flowalign.estimators.options import at_least, inside
 from flowalign.estimators.segmentation import segment_key
 from flowalign.estimators.segments import RTOL, segment_stats
 from flowalign.estimators.signals import Signal, Stage, pure, stage
 
-_COMPARED_STEPS = Signature(rows="sample -> step", rewards="several -> one", phase="reward -> centred")
+_COMPARED_STEPS = Signature(rows="sample -> step", rewards="several -> one", phase="reward -> centred", refuses=f"{FACTORS} | shaped")
 
 
 @stage
@@ -27,11 +28,17 @@ def broadcast_steps() -> Stage:
         steps = batch.num_steps
         spread = {
             name: _spread(value, steps)
-            for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight), ("target", signal.target))
+            for name, value in (
+                ("x", signal.x),
+                ("raw", signal.raw),
+                ("sample", signal.sample),
+                ("weight", signal.weight),
+                ("target", signal.target),
+            )
             if value is not None
         }
         step = torch.arange(steps).expand(len(signal.sample), -1).reshape(-1)
-        return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
+        return replace(signal, **spread, step=step)  # type: ignore[arg-type]
 
     return replace(pure(Signature(rows="sample -> step", rewards="one"), apply), spreads=True)
 
@@ -71,7 +78,11 @@ def take_step_rewards() -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return to_steps(signal, batch, need(batch, "step_rewards", "take_step_rewards"))
 
-    return pure(Signature(rows="sample -> step", phase="reward"), apply, needs=("step_rewards", "step_judge"))
+    return pure(
+        Signature(rows="sample -> step", rewards="several", phase="reward", refuses=f"{FACTORS} | shaped"),
+        apply,
+        needs=("step_rewards", "step_judge"),
+    )
 
 
 @stage
@@ -85,15 +96,18 @@ def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: floa
         beta: Size of the rewards.
         alpha: Of the alpha-divergence.
 
+    Log ratios are clamped to +-30.
+
     References:
         ADPA (advantage distillation of a preference-aligned teacher), for ``reverse_kl``; f-DPG, https://arxiv.org/abs/2302.08215, for the others.
     """
     link(divergence, torch.zeros(1), alpha=alpha)  # refuse a wrong name when the chain is built
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        return replace(signal, x=-beta * link(divergence, -signal.x, alpha=alpha))
+        # Log ratios summed over a latent may be hundreds, whose exp would overflow.
+        return replace(signal, x=-beta * link(divergence, -signal.x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO), alpha=alpha))
 
-    return pure(Signature(rows="step", phase="reward"), apply)
+    return pure(Signature(rows="step", phase="reward", adds="shaped"), apply)
 
 
 @stage
@@ -112,9 +126,12 @@ def reward_to_go(*, discount: float = 1.0, divide: Literal["none", "remaining"] 
         place = signal.sample * steps + signal.step
         table = torch.zeros(num * steps, width, dtype=torch.float64).index_copy(0, place, signal.x).view(num, steps, width)
         there = torch.zeros(num * steps, dtype=torch.float64).index_fill(0, place, 1.0).view(num, steps)
+        if batch.step_mask is not None:  # rows may have been spread over steps that are not trained
+            there = there * batch.step_mask
+            table = torch.where(there[..., None] > 0, table, 0.0)
         returns = _returns(table, there, discount).view(-1, width).index_select(0, place)
         if divide == "remaining":
-            returns = returns / there.flip(1).cumsum(1).flip(1).view(-1, 1).index_select(0, place)
+            returns = returns / there.flip(1).cumsum(1).flip(1).clamp(min=1).view(-1, 1).index_select(0, place)
         return replace(signal, x=returns, raw=None)
 
     return pure(Signature(rows="step"), apply)
@@ -143,6 +160,8 @@ def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: 
         weight: Of the comparison between steps.
         discount: Factor per trained step.
     """
+    at_least("weight", weight, 0.0)
+    inside("discount", discount, 0.0, 1.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         need(batch, "anchor_id", "two_level_anchors")

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_column
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segments import SegmentStats, segment_stats
 from flowalign.estimators.signals import Signal, Stage, State, pure, scored_samples, stage
 
@@ -112,7 +113,7 @@ def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metri
         weight = diversity_curve(-signal.x[:, 0] * relative[signal.sample], curve, strength)
         return replace(signal, weight=signal.weight * weight).note(diversity=float(stats.mean.nanmean()) if len(stats.mean) else 0.0)
 
-    signature = Signature(rows="sample | step", rewards="one", phase="centred | scaled | calibrated")
+    signature = Signature(rows="sample | step", rewards="one", phase="centred | scaled | calibrated", adds="weights")
     return pure(signature, apply, needs=("metric",))
 
 
@@ -145,6 +146,9 @@ def keep_diversity_in_band(
     """
     if not 0 <= low <= 1 <= high:
         raise ValueError(f"band: got {low} to {high}, needed 0 <= low <= 1 <= high")
+    at_least("strength", strength, 0.0)
+    if anneal_steps is not None:
+        at_least("anneal_steps", anneal_steps, 1)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         values, stats = novelty(signal, batch, metric, "keep_diversity_in_band")
@@ -161,7 +165,7 @@ def keep_diversity_in_band(
         return replace(signal, x=shaped).note(diversity=usual, outside_band=outside), after
 
     return Stage(
-        signature=Signature(rows="sample", rewards="one", phase="reward"),
+        signature=Signature(rows="sample", rewards="one", phase="reward", adds="shaped"),
         apply=apply,
         init=lambda: {"step": 0, "groups": 0, "total": 0.0},
         needs=("metric",),

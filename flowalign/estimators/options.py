@@ -1,5 +1,6 @@
 """Options of stages and recipes: checked against their annotations when something is built, and written out for people to read."""
 
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ def fit(kind: Any, value: Any, where: str) -> Any:
     """Check a value against an annotation, so that a mistake is found when a chain is built and not after a rollout.
 
     Args:
-        kind: ``int``, ``float``, ``bool``, ``str``, a ``Literal``, a sequence or tuple of these, or a union of them.
+        kind: ``int``, ``float``, ``bool``, ``str``, a ``Literal``, a sequence or tuple of these, or a union of them. ``Annotated`` names further
+            values, such as infinity.
         value: What was given; lists stand for tuples and whole numbers for floats, as YAML writes them.
         where: Name of the option, for the message.
 
@@ -40,11 +42,45 @@ def fit(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ValueError(f"{where}: got {value!r}, needed a list")
         return tuple(fit(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Annotated:
+        return value if value in arguments[1:] else fit(arguments[0], value, where)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: got {value}, needed a finite number")
         return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{where}: got {value!r}, needed {_word(kind)}")
+
+
+def at_least(name: str, value: float | int, least: float | int) -> None:
+    """Refuse an option below its least value.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if value < least:
+        raise ValueError(f"{name}: got {value:g}, needed at least {least:g}")
+
+
+def inside(name: str, value: float | int, low: float, high: float) -> None:
+    """Refuse an option outside its range, ends included.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value:g}, needed a number in [{low:g}, {high:g}]")
+
+
+def positive(name: str, value: float | int) -> None:
+    """Refuse an option that is not above 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not value > 0:
+        raise ValueError(f"{name}: got {value:g}, needed a positive number")
 
 
 def _fit_any(kinds: Sequence[Any], value: Any, where: str) -> Any:

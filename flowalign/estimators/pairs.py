@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_column
 from flowalign.estimators.segmentation import segment_key
-from flowalign.estimators.segments import segment_pairs, segment_ranks, segment_starts, segment_stats
+from flowalign.estimators.segments import segment_pairs, segment_ranks, segment_starts, segment_stats, settle_ties
 from flowalign.estimators.shape import mean_log_prob
 from flowalign.estimators.signals import Signal, Stage, pure, stage
 
@@ -58,7 +58,8 @@ def select_pairs(
         ([2], [0])
     """
     order = torch.argsort(sample_uid)
-    x, key = rewards.to(torch.float64)[order][:, None], group_id[order]
+    key = group_id[order]
+    x = settle_ties(rewards.to(torch.float64)[order][:, None], key)
     stats = segment_stats(x, key)
     if rule == "best_worst":
         groups = stats.index[segment_starts(stats.index)]
@@ -94,7 +95,7 @@ def best_against_worst(*, margin: float = 0.0) -> Stage:
         x[pairs.winner], x[pairs.loser] = 1.0, -1.0
         return replace(signal, x=x, raw=signal.x).note(pairs=float(len(pairs.gap)))
 
-    signature = Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="free")
+    signature = Signature(rows="sample", rewards="one", phase="reward -> calibrated", refuses=FACTORS)
     return pure(signature, apply)
 
 
@@ -148,7 +149,7 @@ def decouple_outcomes(*, temperature: float = 10.0, sharpness: float = 0.1, metr
         return replace(signal, x=x, raw=signal.x, keep=signal.keep & mixed[:, 0])
 
     return pure(
-        Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="free"),
+        Signature(rows="sample", rewards="one", phase="reward -> calibrated", refuses=FACTORS),
         apply,
         needs=("metric", "log_prob"),
     )

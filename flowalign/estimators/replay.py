@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.options import at_least
 from flowalign.estimators.signals import Signal, Stage, State, stage
 
 
@@ -52,6 +53,7 @@ def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> S
     """
     if capacity < 1 or max_age < 1:
         raise ValueError(f"remember: got capacity {capacity} and max_age {max_age}, needed at least 1 each")
+    at_least("alpha", alpha, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         x = torch.nan_to_num(signal.x[:, 0])

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flowalign.estimators.baseline import with_virtual
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.segmentation import Segmentation, segment_needs, statistics
 from flowalign.estimators.segments import segment_starts, segment_stats
 from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 Rule = Literal["add", "floor", "rsqrt"]
 
-_SIGNATURE = Signature(phase="centred -> scaled", magnitude="free")
+_SIGNATURE = Signature(phase="centred -> scaled", refuses=FACTORS)
 
 
 def refuse_divisor(*, ddof: int, eps: float) -> None:
@@ -46,8 +46,21 @@ def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
 
 
 def quotient(x: Tensor, by: Tensor) -> Tensor:
-    """Divide; 0 stays 0 even where the divisor is 0, as it may be with eps 0."""
-    return torch.where(x == 0, x, x / by)
+    """Divide; by 0, as it may be with eps 0, gives 0: what has no spread has no contrast."""
+    return torch.where((x == 0) | (by == 0), torch.where(torch.isnan(x), x, 0.0), x / by)
+
+
+def rewards_before(signal: Signal, stage: str) -> Tensor:
+    """Return the rewards as they were before the baseline.
+
+    Raises:
+        ValueError: If credit was given since, so that they belong to other rows.
+    """
+    if signal.raw is None:
+        raise ValueError(
+            f"{stage}: the rewards before the baseline are gone once credit is given to steps; put it before, or take of=residual"
+        )
+    return signal.raw
 
 
 @stage
@@ -66,12 +79,14 @@ def scale_by_std(
     refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else signal.raw)
+        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else rewards_before(signal, "scale_by_std(of=raw)"))
         variance = stats.variance(ddof=ddof)
         by = stats.rows(divisor(variance, eps=eps, rule=rule))
         return replace(signal, x=quotient(signal.x, by)).note(std=float(variance.sqrt().mean()) if variance.numel() else 0.0)
 
-    return pure(_SIGNATURE, apply, needs=segment_needs(over))
+    # A std over all samples is one factor for all groups: what was weighed between them survives.
+    signature = replace(_SIGNATURE, refuses="rewards | common") if over == "batch" else _SIGNATURE
+    return pure(signature, apply, needs=segment_needs(over))
 
 
 @stage
@@ -79,7 +94,7 @@ def scale_by_constant(value: float) -> Stage:
     """Divide by a number that is known beforehand, such as the range of a bounded reward."""
     if not value > 0:
         raise ValueError(f"scale_by_constant: got {value}, needed a positive number")
-    signature = Signature(phase="centred -> scaled")
+    signature = Signature(phase="centred -> scaled", adds="common")
     return pure(signature, lambda signal, batch: replace(signal, x=signal.x / value))
 
 
@@ -96,7 +111,7 @@ def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: floa
     refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_with_virtual"))
         m2 = with_virtual(stats, value, num)[1] if num else stats.m2
         std = (m2 / (stats.count + num - ddof).clamp(min=1)).sqrt()
         return replace(signal, x=quotient(signal.x, stats.rows(std + eps)))
@@ -109,13 +124,13 @@ def scale_by_contrast() -> Stage:
     """Multiply by the share's inverse of the samples whose group has any contrast, so that flat groups do not shrink the mean gradient."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_by_contrast"))
         known = ~torch.isnan(signal.x)
         lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
         factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
         return replace(signal, x=signal.x * factor).note(contrast=float((1 / factor.clamp(min=1)).mean()))
 
-    return pure(Signature(phase="centred -> scaled"), apply)
+    return pure(Signature(phase="centred -> scaled", adds="common"), apply)
 
 
 def beta_shape(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +159,7 @@ def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Sta
         raise ValueError(f"momentum: got {momentum}, needed a number in [0, 1)")
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_by_beta_density"))
         rate = torch.where(stats.count > 0, stats.mean, torch.nan)
         # In the order of the first sample, so that the values of the ids do not decide the last bit.
         prompts = stats.rows(rate)[segment_starts(stats.index)]

@@ -42,7 +42,8 @@ class SegmentStats:
         turn rounding into advantages of order 1. Segments of fewer than two values are flat.
         """
         size = torch.maximum(self.minimum.abs(), self.maximum.abs())
-        return (self.maximum - self.minimum <= atol + rtol * size) | (self.count < 2)
+        spread = self.maximum - self.minimum
+        return ((spread <= atol + rtol * size) & torch.isfinite(spread)) | (self.count < 2)
 
     def rows(self, per_segment: Tensor) -> Tensor:
         """Spread one value per segment over the rows of the segment."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from flowalign.estimators.combine import choose_weights
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.links import FLink, link
 from flowalign.estimators.needs import need, need_column
+from flowalign.estimators.options import at_least, inside, positive
 from flowalign.estimators.segmentation import segment_key
 from flowalign.estimators.segments import segment_ranks, segment_stats
 from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 _ROUNDING = 1e-6  # float32 rewards may miss the end of their range by rounding
 
-Bounds = float | Sequence[float]
+Limit = Annotated[float, math.inf, -math.inf]
+Bounds = Limit | Sequence[Limit]
 
 
 def refuse_outside(x: Tensor, low: Bounds, high: Bounds, batch: RewardBatch, stage: str) -> None:
@@ -93,14 +95,14 @@ def affine(low: Bounds = 0.0, high: Bounds = 1.0, *, recipe: str = "affine") -> 
         refuse_outside(signal.x, low, high, batch, recipe)
         return replace(signal, x=((signal.x - least) / (most - least)).clamp(0, 1))
 
-    return pure(Signature(phase="reward"), apply)
+    return pure(Signature(phase="reward", adds="shaped"), apply)
 
 
 @stage
 def clip_rewards(low: Bounds = 0.0, high: Bounds = 1.0) -> Stage:
     """Clip rewards into a range, for scores that only sometimes leave it."""
     least, most = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
-    signature = Signature(phase="reward")
+    signature = Signature(phase="reward", adds="shaped")
     return pure(signature, lambda signal, batch: replace(signal, x=signal.x.clamp(least, most)))
 
 
@@ -109,7 +111,7 @@ def signed_outcome(positive: float = 1.0, negative: float = 1.0) -> Stage:
     """Map a binary reward to ``+positive`` and ``-negative``; a standard deviation after it would undo the sizes."""
     if not (positive > 0 and negative > 0):
         raise ValueError(f"signed_outcome: got {positive} and {negative}, needed two positive sizes")
-    signature = Signature(phase="reward", magnitude="free -> common")
+    signature = Signature(phase="reward", adds="common | shaped")
     return pure(
         signature,
         lambda signal, batch: replace(signal, x=signal.x * (positive + negative) - negative),
@@ -119,7 +121,7 @@ def signed_outcome(positive: float = 1.0, negative: float = 1.0) -> Stage:
 @stage
 def weigh_rewards(weights: Sequence[float]) -> Stage:
     """Multiply each reward by a number; a standard deviation of each reward after it would undo that, and is refused."""
-    signature = Signature(phase="reward", rewards="several", magnitude="free -> rewards")
+    signature = Signature(phase="reward", rewards="several", adds="rewards | shaped")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return replace(signal, x=signal.x * choose_weights(weights, signal.x.shape[1]))
@@ -136,6 +138,8 @@ def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] = "met
         by: Novelty is a column of ``RewardBatch.metric`` (higher is more novel), or a low log-prob.
         metric: Column of the metric.
     """
+    inside("beta", beta, 0.0, 1.0)
+    at_least("metric", metric, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         refuse_outside(signal.x, 0.0, math.inf, batch, "novelty_rank")
@@ -148,7 +152,7 @@ def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] = "met
         stats = segment_stats(signal.x, key)
         return replace(signal, x=signal.x * (1 - beta * rank / stats.rows(stats.count)))
 
-    return pure(Signature(phase="reward", rewards="one"), apply, needs=(by,))
+    return pure(Signature(phase="reward", rewards="one", adds="shaped"), apply, needs=(by,))
 
 
 def mean_log_prob(batch: RewardBatch, stage: str) -> Tensor:
@@ -179,6 +183,8 @@ def trust_gate(weights: Sequence[float] | None = None, *, scale: float = 0.3, de
         scale: Factor of the learned reward.
         decay_steps: Steps after which that factor has fallen by ``e``.
     """
+    at_least("scale", scale, 0.0)
+    positive("decay_steps", decay_steps)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         if signal.x.shape[1] != 2:
@@ -196,7 +202,7 @@ def trust_gate(weights: Sequence[float] | None = None, *, scale: float = 0.3, de
         x = outcome * chosen[0] + stats.rows(factor) * think * chosen[1]
         return replace(signal, x=x).note(trust=float(gamma.mean()) if len(gamma) else 1.0), {"step": int(state["step"]) + 1}
 
-    signature = Signature(phase="reward", rewards="several -> one")
+    signature = Signature(phase="reward", rewards="several -> one", adds="shaped", drops="rewards")
     return Stage(signature=signature, apply=apply, init=lambda: {"step": 0})
 
 
@@ -227,7 +233,8 @@ def f_link(divergence: FLink = "reverse_kl", *, temperature: float = 1.0, log_ra
         flat = stats.rows(stats.is_flat()) & ~torch.isnan(gain)
         return replace(signal, x=torch.where(flat, 0.0, -link(divergence, stats.rows(log_z) - gain)))
 
-    signature = Signature(phase="reward", rewards="one", magnitude="free -> common")
+    # Linear: its temperature is one factor for all. The other links bend.
+    signature = Signature(phase="reward", rewards="one", adds="common | shaped" if divergence == "reverse_kl" else "shaped")
     return pure(signature, apply, needs=() if log_ratio_metric is None else ("metric",))
 
 

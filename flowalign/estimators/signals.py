@@ -89,7 +89,7 @@ def stage(make: Callable[P, Stage]) -> Callable[P, Stage]:
 
     @functools.cache
     def kinds() -> dict[str, Any]:
-        return typing.get_type_hints(make)
+        return typing.get_type_hints(make, include_extras=True)
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Stage:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.forest import Tree
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_tree
 from flowalign.estimators.scale import divisor, quotient, refuse_divisor
 from flowalign.estimators.segmentation import segment_key
@@ -53,7 +53,7 @@ def node_values(average: Average = "children", *, temperature: float = 1.0) -> S
             raw=None,
         )
 
-    return pure(Signature(rows="sample -> node", phase="reward | centred"), apply, needs=("tree",))
+    return pure(Signature(rows="sample -> node", phase="reward | centred", refuses="weights"), apply, needs=("tree",))
 
 
 def _mean_of_leaves(tree: Tree, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def scale_edges(*, ddof: int, eps: float) -> Stage:
         by = divisor(segment_stats(values, torch.zeros(len(values), dtype=torch.int64)).variance(ddof=ddof), eps=eps, rule="add")
         return replace(signal, x=quotient(signal.x, by)) if len(values) else signal
 
-    signature = Signature(rows="node", rewards="one", phase="centred -> scaled", magnitude="free")
+    signature = Signature(rows="node", rewards="one", phase="centred -> scaled", refuses=FACTORS)
     return pure(signature, apply, needs=("tree",))
 
 
@@ -222,7 +222,7 @@ def share_steps(share: Share = "mean") -> Stage:
         weight[sample, step] = edge_shares(tree, signal.keep & scored_samples(signal, batch), share)[node]
         return replace(signal, weight=signal.weight * weight[signal.sample, signal.step])
 
-    return pure(Signature(rows="step", rewards="one"), apply, needs=("tree",))
+    return pure(Signature(rows="step", rewards="one", adds="weights"), apply, needs=("tree",))
 
 
 @stage
@@ -244,7 +244,7 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
             total = total + torch.where(flat, 0.0, (signal.x - stats.rows(stats.mean)) / by)
         return replace(signal, x=total, raw=None)
 
-    return pure(Signature(rows="sample", phase="reward -> scaled", magnitude="free"), apply, needs=("tree",))
+    return pure(Signature(rows="sample", phase="reward -> scaled", refuses=FACTORS), apply, needs=("tree",))
 
 
 STAGES = (node_values, subtract_parent, add_gain, scale_edges, edges_to_steps, share_steps, compare_in_groups_and_trees)

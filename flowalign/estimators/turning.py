@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.credit import change, state_values, to_steps
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 Points = Literal["constrained", "all"]
@@ -99,7 +99,7 @@ def turning_points(
         share = float(found.double().mean()) if found.numel() else 0.0
         return to_steps(signal, batch, x[..., None]).note(turning_points=share)
 
-    signature = Signature(rows="sample -> step", rewards="several -> one", phase="reward")
+    signature = Signature(rows="sample -> step", rewards="several -> one", phase="reward", refuses=f"{FACTORS} | shaped")
     return pure(signature, apply, needs=("step_rewards",))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need, need_column
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segmentation import statistics
 from flowalign.estimators.segments import segment_stats
 from flowalign.estimators.signals import Signal, Stage, pure, scored_samples, stage
@@ -73,6 +74,10 @@ def keep_pass_rates(bands: Sequence[Sequence[float]], *, reward: int = 0, thresh
         reward: Which column of the rewards decides.
         threshold: A sample passes from this reward on.
     """
+    for number, band in enumerate(bands):
+        if len(band) != 2:
+            raise ValueError(f"bands[{number}]: got {tuple(band)}, needed two ends")
+    at_least("reward", reward, 0)
     for low, high in bands:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"bands: got ({low}, {high}), needed 0 <= low <= high <= 1")
@@ -125,12 +130,13 @@ def weigh_by_difficulty(schedule: Schedule = "s_1", *, reward: int = 0) -> Stage
         schedule: Curve from pass rate to weight, see ``difficulty_weight``.
         reward: Column of the rewards that is the accuracy, in [0, 1].
     """
+    at_least("reward", reward, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         weight = difficulty_weight(pass_rates(batch, reward=reward, stage="weigh_by_difficulty"), schedule)
         return replace(signal, weight=signal.weight * weight[signal.sample])
 
-    return pure(Signature(rows=_ROWS), apply)
+    return pure(Signature(rows=_ROWS, adds="weights"), apply)
 
 
 @stage
@@ -150,13 +156,14 @@ def weigh_steps_by_spread(top: float = 1.7, *, of: Literal["step_rewards", "log_
         counted = scored_samples(signal, batch)[:, None]
         scalar = torch.where(counted if batch.step_mask is None else counted & batch.step_mask, scalar, torch.nan)
         stats = segment_stats(scalar, batch.group_id)
-        variance = torch.where(stats.count > 0, stats.variance(ddof=0), torch.nan)
+        variance = torch.where(stats.is_flat(), 0.0, stats.variance(ddof=0))  # what differs by rounding only does not differ
+        variance = torch.where(stats.count > 0, variance, torch.nan)
         low = torch.where(torch.isnan(variance), torch.inf, variance).amin(1, keepdim=True)
         high = torch.where(torch.isnan(variance), -torch.inf, variance).amax(1, keepdim=True)
         weight = 1 + (top - 1) * torch.nan_to_num((variance - low) / (high - low + 1e-8))  # 1e-8: TW-GRPO's code
         return replace(signal, weight=signal.weight * stats.rows(weight)[signal.sample, signal.step])
 
-    return pure(Signature(rows="step"), apply, needs=(of,))
+    return pure(Signature(rows="step", adds="weights"), apply, needs=(of,))
 
 
 STAGES = (keep_contrast, keep_pass_rates, weigh_by_difficulty, weigh_steps_by_spread)
