@@ -717,3 +717,76 @@ def test_the_mean_update_points_along_the_gradient_of_the_expected_reward(name):
     found = gradient(name, **({"r_max": 20.0} if name == "ngrpo" else {}))
     truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert float(torch.nn.functional.cosine_similarity(found, truth, dim=0)) > 0.99
+
+
+# -- what single options do ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_higher_temperature_draws_bounded_targets_together():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    found = estimate("bpo", make(rewards), temperature=3.0).target[:, 0]
+    distance = (rewards - 1.5) / rewards.std() / 3
+    assert torch.allclose(found.double(), 0.8 + 0.4 * torch.sigmoid(distance), atol=1e-5)
+
+
+def test_shares_of_decoupled_outcomes_follow_preference_and_likelihood():
+    metric, log_prob = column([0.9, 0.5, 0.2, 0.1], 1), column([-0.5, -0.4, -0.3, -0.6], 1)
+    batch = make([1, 1, 0, 0], metric=metric, log_prob=log_prob)
+    found = advantage("drpo", batch, temperature=0.5, sharpness=0.8)
+    passed = torch.softmax(metric[:2, 0].double() / 0.8, 0)
+    failed = torch.softmax(log_prob[2:, 0].double() / 0.5, 0)
+    assert found.tolist() == pytest.approx([*passed.tolist(), *(-failed).tolist()], abs=1e-5)
+
+
+def test_the_threshold_of_a_pass_decides_which_groups_are_damped():
+    batch = make([1.0, 0.9, 0.2, 0.0], metric=column([0.1, 0.8, 0.3, 0.3], 1))
+    found = [advantage("adora", batch, threshold=threshold).abs().max().item() for threshold in (0.5, 0.95)]
+    # At 0.95 only the first passes, whose metric does not exceed the others' mean.
+    assert found[1] == pytest.approx(0.1 * found[0], rel=1e-5)
+
+
+def test_volumes_are_measured_from_the_reference():
+    batch = make([[1.5, 1.5], [1.5, 1.5]], size=2)
+    for reference, volume in ((0.0, 2.25), (1.0, 0.25), (2.0, 0.0)):
+        estimator = recipe("hypervolume", reference=reference)
+        result, _ = estimator.update(batch, estimator.init())
+        assert result.stats["meta_reward"] == pytest.approx(0.5 + 1.5 * math.tanh(volume), abs=1e-6)
+
+
+def test_the_exponent_of_priorities_is_that_of_the_buffer():
+    assert priorities(torch.tensor([2.0, -1.0]), alpha=2.0).tolist() == pytest.approx([0.8, 0.2])
+    for alpha, expected in ((0.0, 1 / 8), (2.0, 1.5**2 / (2 * 1.5**2 + 6 * 0.5**2))):
+        estimator = recipe("ssb", alpha=alpha)
+        _, state = estimator.update(make(B), estimator.init())
+        drawn = [int(draw(state, 1, seed=seed).uid[0]) for seed in range(2000)]
+        share = drawn.count(0) / 2000
+        assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5)
+
+
+def test_a_running_mean_forgets_at_its_rate():
+    estimator = chain(STAGES["combine_rewards"](), STAGES["center_by_running_mean"](decay=0.5, min_count=1.0), STAGES["broadcast_steps"]())
+    _, state = estimator.update(make([1.0, 3.0], size=2), estimator.init())
+    found, _ = estimator.update(make([6.0, 6.0], size=2), state)
+    mean = (0.5 * 2 * 2.0 + 2 * 6.0) / (0.5 * 2 + 2)
+    assert found.advantage[:, 0].tolist() == pytest.approx([6 - mean] * 2, abs=1e-6)
+
+
+def test_the_link_of_steps_takes_its_own_alpha():
+    steps = torch.tensor([[0.3], [-0.2]])[..., None]
+    batch = dataclasses.replace(make([0.0, 0.0], size=2), step_rewards=steps)
+    stages = ["take_step_rewards", "combine_rewards", {"stage": "link_steps", "divergence": "alpha", "alpha": 0.25, "beta": 2.0}, "center"]
+    found = from_config(stages).update(batch, {})[0].advantage[:, 0].tolist()
+    value = [-2.0 * (1 - math.exp(0.25 * x)) / 0.25 for x in (0.3, -0.2)]
+    assert found == pytest.approx([(value[0] - value[1]) / 2, (value[1] - value[0]) / 2], abs=1e-5)
+
+
+def test_fronts_of_groups_and_of_the_batch_differ():
+    batch = make([[1, 1], [2, 2], [3, 3], [4, 4]], size=2)
+    for over, expected in (("batch", [False, False, False, True]), ("group", [False, True, False, True])):
+        stages = ["combine_rewards", "center", {"stage": "keep_front", "over": over}, "broadcast_steps"]
+        assert from_config(stages).update(batch, {})[0].keep.tolist() == expected
+
+
+def test_pairs_closer_than_the_margin_teach_nothing():
+    found = stage_output(("combine_rewards", {}), ("best_against_worst", {"margin": 1.0}), ("broadcast_steps", {}))
+    assert found.tolist() == [0, 0, 0, 0, -1, 0, 1, 0]
