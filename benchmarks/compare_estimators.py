@@ -27,10 +27,9 @@ import torch
 from tqdm import tqdm
 
 from flowalign.env import hardware, versions
-from flowalign.evaluate.records import Evaluation, read_evaluation
+from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report
-from flowalign.evaluate.scores import Difference
-from flowalign.evaluate.statistics import paired_difference, seed_spread
+from flowalign.evaluate.statistics import seed_spread
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
 from flowalign.run import run_training
@@ -139,27 +138,14 @@ def run(cell: Cell, options: argparse.Namespace) -> None:
     (cell.folder / "records.partial").rename(cell.folder / "records.jsonl")
 
 
-def pooled(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> Difference:
-    """The strict score of ``second`` minus ``first``, over all training seeds, paired by seed, prompt and noise and clustered by prompt."""
-    base, tuned, ids, tags = [], [], [], []
-    for one, two in zip(first, second, strict=True):
-        partner = {(record.id, record.k): record.strict for record in one.records}
-        for record in two.records:
-            base.append(float(partner[record.id, record.k]))
-            tuned.append(float(record.strict))
-            ids.append(record.id)
-            tags.append(record.tag)
-    return paired_difference(base, tuned, ids, tags)
-
-
 def rows(cells: Sequence[Cell], base: Evaluation, recipes: Sequence[str], setting: str) -> list[dict[str, object]]:
     """One row for each recipe, best first."""
     scores = {recipe: [read_evaluation(cell.folder / "records.jsonl") for cell in _of(cells, recipe, setting)] for recipe in recipes}
     found = []
     for recipe in recipes:
-        gain = pooled([base] * len(scores[recipe]), scores[recipe])
-        spread = seed_spread([pooled([base], [one]).overall.mean for one in scores[recipe]]) if len(scores[recipe]) > 1 else None
-        versus = pooled(scores[REFERENCE], scores[recipe]) if recipe != REFERENCE else None
+        gain = compare_runs([(base, one) for one in scores[recipe]])
+        spread = seed_spread([compare_runs([(base, one)]).overall.mean for one in scores[recipe]]) if len(scores[recipe]) > 1 else None
+        versus = compare_runs(list(zip(scores[REFERENCE], scores[recipe], strict=True))) if recipe != REFERENCE else None
         logs = [read_log(cell.folder / "run" / "log.jsonl") for cell in _of(cells, recipe, setting)]
         found.append(
             {

@@ -16,10 +16,10 @@ from flowalign.benchmark.spec import BenchmarkConfig, Cell
 from flowalign.benchmark.store import folder_of, read_result
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, Curve
-from flowalign.evaluate.records import Evaluation, read_evaluation
+from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report
-from flowalign.evaluate.scores import Difference, Interval
-from flowalign.evaluate.statistics import paired_difference, seed_interval
+from flowalign.evaluate.scores import Interval
+from flowalign.evaluate.statistics import seed_interval
 from flowalign.train.journal import write_atomically
 
 _DRIFT = {
@@ -38,7 +38,7 @@ def write_benchmark(
         config: The benchmark.
         trials: Cells of the search.
         finals: Cells that count.
-        chosen: What the search chose for each method.
+        chosen: What the search chose for each method; without an entry where no trial finished.
 
     Returns:
         The report's path.
@@ -49,11 +49,13 @@ def write_benchmark(
     tables += [_search(config, trials, chosen)] if trials else []
     finished = [cell for cell, _ in results]
     missing = [f"{cell.method}, seed {cell.seed}" for cell in finals if cell not in finished]
+    left_out = [method for method in config.methods if method not in chosen]
     notes = [
         "Intervals: 95 %, Student's t over training seeds; those of differences are over prompts, all seeds pooled, and do not cover new seeds.",
         "Every run stops before the step that would exceed the budget. A row that is differentiated counts as three evaluations.",
         "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
         *([f"Not finished: {'; '.join(missing)}."] if missing else []),
+        *([f"No trial of the search finished, so not run: {', '.join(left_out)}."] if left_out else []),
     ]
     head = f"{config.budget.amount:g} {config.budget.unit} a run, seeds {list(config.seeds)}; {_base_line(config)}"
     text = "\n\n".join([head, *(_markdown(table) for table in tables), *notes])
@@ -100,7 +102,7 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
             continue
         last = [result["milestones"][-1] for _, result in runs]
         versus = "" if method == reference else _versus(config, dict(by_method)[reference], runs)
-        gain = _pooled([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs])
+        gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs])
         spent = [milestone["spent"]["evaluations"] for milestone in last]
         steps = [result["steps"] for _, result in runs]
         rows.append(
@@ -176,7 +178,7 @@ def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str
         result = read_result(config, cell)
         words = ", ".join(f"{key} {value}" for key, value in point.items())
         reward = "not finished" if result is None else f"{result['reward']:.4f}"
-        rows.append([cell.method, words, reward, "chosen" if dict(point) == dict(chosen[cell.method]) else ""])
+        rows.append([cell.method, words, reward, "chosen" if point == chosen.get(cell.method) else ""])
     caption = f"Seed {config.search.seed}, {config.search.share:.0%} of the budget each; by the mean training reward of the last quarter."
     return Table(title="What was searched", columns=("method", "tried", "training reward", ""), rows=rows, caption=caption)
 
@@ -227,21 +229,8 @@ def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs
     pairs = [(_records(config, partners[cell.seed]), _records(config, cell)) for cell, _ in runs if cell.seed in partners]
     if not pairs:
         return ""
-    found = _pooled(pairs)
+    found = compare_runs(pairs)
     return f"{found.overall}, p = {found.p_value:.3f}"
-
-
-def _pooled(pairs: Sequence[tuple[Evaluation, Evaluation]]) -> Difference:
-    """Second minus first over all pairs, paired by prompt and noise and clustered by prompt."""
-    first, second, ids, tags = [], [], [], []
-    for one, two in pairs:
-        partner = {(record.id, record.k): record.strict for record in one.records}
-        for record in two.records:
-            first.append(float(partner[record.id, record.k]))
-            second.append(float(record.strict))
-            ids.append(record.id)
-            tags.append(record.tag)
-    return paired_difference(first, second, ids, tags)
 
 
 def _markdown(table: Table) -> str:

@@ -107,6 +107,7 @@ class Cell:
         unit, amount: What may be spent.
         milestones: In how many equal parts of it the model is scored; 0 for never.
         suite: What it is scored on.
+        settings: Digest of the resolved training configuration.
         reference: Key of the base that it is compared with: models that sample alike share one.
     """
 
@@ -119,6 +120,7 @@ class Cell:
     amount: float
     milestones: int
     suite: SuiteConfig
+    settings: str
     reference: str
 
     @property
@@ -126,13 +128,12 @@ class Cell:
         """Folder of the cell: it changes with whatever changes the result."""
         if self.phase == "base":
             return f"base/{self.reference}"
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        return f"{_slug(self.method)}/{self.phase}_seed{self.seed}_{digest}"
+        parts = {key: value for key, value in asdict(self).items() if key not in ("base", "overrides")}  # how the settings are written
+        return f"{_slug(self.method)}/{self.phase}_seed{self.seed}_{_digest(parts)}"
 
     def arguments(self, output: Path) -> list[str]:
         """Return the overrides as command-line words."""
-        values = {**self.overrides, "seed": self.seed, "output": str(output)}
-        return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
+        return _words({**self.overrides, "seed": self.seed, "output": str(output)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +190,7 @@ class BenchmarkConfig:
         for method in self.methods:
             for point in self.search.points():
                 try:
-                    cell = self.final(method, point, self.seeds[0])
-                    load_config(cell.base, cell.arguments(self.output))
+                    self.final(method, point, self.seeds[0])
                 except (ConfigError, FileNotFoundError) as error:
                     raise ConfigError(f"methods.{method}: {error}") from error
 
@@ -214,26 +214,32 @@ class BenchmarkConfig:
     def _cell(self, method: str, phase: Phase, point: Mapping[str, Any], *, seed: int, amount: float, milestones: int) -> Cell:
         changes = dict(self.methods[method])
         base = str(changes.pop("base", self.base))
+        overrides = {**changes, **point}
+        settings = configuration.encode(load_config(base, _words(overrides)))
+        pipeline = {key: value for key, value in settings["pipeline"].items() if key != "lora"}
         return Cell(
             method=method,
             phase=phase,
             base=base,
-            overrides={**changes, **point},
+            overrides=overrides,
             seed=seed,
             unit=self.budget.unit,
             amount=amount,
             milestones=milestones,
             suite=self.suite,
-            reference=_reference(base, {**changes, **point}, self.suite),
+            # The seed and the folder are the cell's own; a run stops by its budget and not by its steps.
+            settings=_digest({key: value for key, value in settings.items() if key not in ("seed", "output", "steps")}),
+            # All that the images of an untrained model depend on.
+            reference=_digest([pipeline, asdict(self.suite)]),
         )
 
 
-def _reference(base: str, overrides: Mapping[str, Any], suite: SuiteConfig) -> str:
-    """Digest of everything that the images of an untrained model depend on."""
-    words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
-    config = load_config(base, words)
-    pipeline = {key: value for key, value in configuration.encode(config)["pipeline"].items() if key != "lora"}
-    return hashlib.sha256(json.dumps([pipeline, asdict(suite)], sort_keys=True).encode()).hexdigest()[:10]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
 
 
 def _slug(name: str) -> str:

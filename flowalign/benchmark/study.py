@@ -43,7 +43,6 @@ def benchmark(name: str, overrides: Sequence[str] = (), *, jobs: int = 1, thread
     if config.budget.unit == "seconds" and jobs > 1:
         raise ValueError("budget.seconds: cells that run beside one another disturb each other's time; use --jobs 1 or another budget")
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    chosen: dict[str, dict[str, Any]] = {}
     bases = config.bases()
     _run(bases, config, jobs=jobs, threads=threads, title="bases")
     for cell in bases:
@@ -51,24 +50,22 @@ def benchmark(name: str, overrides: Sequence[str] = (), *, jobs: int = 1, thread
             raise ValueError(f"the base could not be scored; see {folder_of(config, cell) / 'output.txt'}")
     trials = [cell for method in config.methods for cell in config.trials(method)]
     _run(trials, config, jobs=jobs, threads=threads, title="search")
-    for method in config.methods:
-        chosen[method] = _best(config, method)
+    best = {method: _best(config, method) for method in config.methods}
+    chosen = {method: point for method, point in best.items() if point is not None}
     # Seeds outermost: a study that is stopped early has all methods on some seeds.
-    finals = [config.final(method, chosen[method], seed) for seed in config.seeds for method in config.methods]
+    finals = [config.final(method, point, seed) for seed in config.seeds for method, point in chosen.items()]
     _run(finals, config, jobs=jobs, threads=threads, title="runs")
     return write_benchmark(config, trials, finals, chosen)
 
 
-def _best(config: BenchmarkConfig, method: str) -> dict[str, Any]:
-    """Return the search's best point by training reward; the held-out suite has no part in it."""
-    trials, points = config.trials(method), config.search.points()
-    if not trials:
+def _best(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:
+    """Return the search's best point by training reward, in which the held-out suite has no part; None where no trial finished."""
+    points = config.search.points()
+    if len(points) == 1:
         return points[0]
-    found = [(read_result(config, cell), point) for cell, point in zip(trials, points, strict=True)]
-    finished = [(result["reward"], number) for number, (result, _) in enumerate(found) if result is not None]
-    if not finished:
-        raise ValueError(f"methods.{method}: no trial of its search finished; see {folder_of(config, trials[0]) / 'output.txt'}")
-    return points[max(finished, key=lambda pair: (pair[0], -pair[1]))[1]]
+    results = [read_result(config, cell) for cell in config.trials(method)]
+    rewards = [(result["reward"], -number) for number, result in enumerate(results) if result is not None]
+    return points[-max(rewards)[1]] if rewards else None
 
 
 def _is_done(config: BenchmarkConfig, cell: Cell) -> bool:

@@ -15,7 +15,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowalign.estimators import recipes
@@ -51,13 +51,13 @@ def config(name: str) -> Any:
     return importlib.import_module(f"{recipes.__name__}.{name}").Config
 
 
-def _call(what: str, make: Any, options: Mapping[str, Any], known: Sequence[str]) -> Any:
+def _call(what: str, make: Callable[[], Any], options: Mapping[str, Any], known: Sequence[str]) -> Any:
+    """Make something, with its name before whatever is wrong with its options."""
     wrong = next((key for key in options if key not in known), None)
     if wrong is not None:
         raise ValueError(f"{what}: {unknown('option', wrong, known)}")
-    kinds = typing.get_type_hints(make, include_extras=True)
     try:
-        return make(**{key: fit(kinds[key], value, key) for key, value in options.items()})
+        return make()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
 
@@ -81,11 +81,13 @@ def recipe(name: str, **options: Any) -> Estimator:
         ValueError: unknown recipe 'gpro': did you mean 'grpo'?
     """
     made = config(name)
-    chosen = _call(f"recipe {name!r}", made, options, [field.name for field in dataclasses.fields(made)])
-    try:
-        estimator: Estimator = chosen.build()
-    except ValueError as error:
-        raise ValueError(f"recipe {name!r}: {error}") from error
+    kinds = typing.get_type_hints(made)
+
+    def make() -> Estimator:
+        built: Estimator = made(**{key: fit(kinds[key], value, key) for key, value in options.items()}).build()
+        return built
+
+    estimator: Estimator = _call(f"recipe {name!r}", make, options, [field.name for field in dataclasses.fields(made)])
     return estimator
 
 
@@ -120,7 +122,7 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]
             raise ValueError(f"advantage[{position}]: {unknown('stage', name, STAGES)}")
         make = STAGES[name]
         known = list(inspect.signature(make).parameters)
-        stages.append(_call(f"advantage[{position}] ({name})", make, given, known))
+        stages.append(_call(f"advantage[{position}] ({name})", functools.partial(make, **given), given, known))
     return chain(*stages)
 
 

@@ -109,7 +109,7 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
     refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        raw = signal.x if signal.raw is None else signal.raw
+        raw = signal.before("target_ratio")
         key = segment_key(signal, batch, "group")
         stats = segment_stats(raw, key)
         distance = (raw - stats.rows(segment_medians(raw, key))) / stats.rows(stats.variance(ddof=ddof).sqrt() + eps)
@@ -136,7 +136,7 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         value = need_column(batch, "metric", metric, "damp_unless_elaborate")[signal.sample, None]
-        raw = signal.x if signal.raw is None else signal.raw
+        raw = signal.before("damp_unless_elaborate")
         key = segment_key(signal, batch, "group")
         passed = segment_stats(torch.where(raw > threshold, value, torch.nan), key)
         failed = segment_stats(torch.where(raw <= threshold, value, torch.nan), key)

@@ -90,13 +90,12 @@ def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: floa
     """Turn log ratios of the steps, log teacher - log policy, into rewards: ``-beta f'(u)`` with ``u = policy / teacher``.
 
     With ``reverse_kl`` that is beta times the log ratio, less a constant: what a teacher's preference for a transition is worth.
+    Log ratios are clamped to +-30.
 
     Args:
         divergence: Which ``f'``, see ``links.link``.
         beta: Size of the rewards.
         alpha: Of the alpha-divergence.
-
-    Log ratios are clamped to +-30.
 
     References:
         ADPA (advantage distillation of a preference-aligned teacher), for ``reverse_kl``; f-DPG, https://arxiv.org/abs/2302.08215, for the others.

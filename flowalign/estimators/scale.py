@@ -1,6 +1,5 @@
 """What a centred reward is divided by. Each standard deviation names its ddof, its eps, the rule and what it is taken over."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -11,6 +10,7 @@ from torch import Tensor
 from flowalign.estimators.baseline import with_virtual
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segmentation import Segmentation, segment_needs, statistics
 from flowalign.estimators.segments import segment_starts, segment_stats
 from flowalign.estimators.signals import Signal, Stage, State, pure, stage
@@ -24,12 +24,10 @@ def refuse_divisor(*, ddof: int, eps: float) -> None:
     """Refuse what no standard deviation can be divided with, when a chain is built.
 
     Raises:
-        ValueError: If ``ddof`` or ``eps`` is negative or not a number.
+        ValueError: If ``ddof`` is negative, or ``eps``, which would turn signs around.
     """
-    if ddof < 0:
-        raise ValueError(f"ddof: got {ddof}, needed 0 (population) or 1 (sample), or more")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, needed a number of at least 0 (a negative one turns signs around)")
+    at_least("ddof", ddof, 0)
+    at_least("eps", eps, 0.0)
 
 
 def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
@@ -50,19 +48,6 @@ def quotient(x: Tensor, by: Tensor) -> Tensor:
     return torch.where((x == 0) | (by == 0), torch.where(torch.isnan(x), x, 0.0), x / by)
 
 
-def rewards_before(signal: Signal, stage: str) -> Tensor:
-    """Return the rewards as they were before the baseline.
-
-    Raises:
-        ValueError: If credit was given since, so that they belong to other rows.
-    """
-    if signal.raw is None:
-        raise ValueError(
-            f"{stage}: the rewards before the baseline are gone once credit is given to steps; put it before, or take of=residual"
-        )
-    return signal.raw
-
-
 @stage
 def scale_by_std(
     over: Segmentation = "group", *, of: Literal["raw", "residual"] = "raw", ddof: int, eps: float, rule: Rule = "add"
@@ -79,7 +64,7 @@ def scale_by_std(
     refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else rewards_before(signal, "scale_by_std(of=raw)"))
+        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else signal.before("scale_by_std(of=raw)"))
         variance = stats.variance(ddof=ddof)
         by = stats.rows(divisor(variance, eps=eps, rule=rule))
         return replace(signal, x=quotient(signal.x, by)).note(std=float(variance.sqrt().mean()) if variance.numel() else 0.0)
@@ -111,7 +96,7 @@ def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: floa
     refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_with_virtual"))
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_with_virtual"))
         m2 = with_virtual(stats, value, num)[1] if num else stats.m2
         std = (m2 / (stats.count + num - ddof).clamp(min=1)).sqrt()
         return replace(signal, x=quotient(signal.x, stats.rows(std + eps)))
@@ -124,7 +109,7 @@ def scale_by_contrast() -> Stage:
     """Multiply by the share's inverse of the samples whose group has any contrast, so that flat groups do not shrink the mean gradient."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_by_contrast"))
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_by_contrast"))
         known = ~torch.isnan(signal.x)
         lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
         factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
@@ -159,7 +144,7 @@ def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Sta
         raise ValueError(f"momentum: got {momentum}, needed a number in [0, 1)")
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
-        signal, stats = statistics(signal, batch, "group", rewards_before(signal, "scale_by_beta_density"))
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_by_beta_density"))
         rate = torch.where(stats.count > 0, stats.mean, torch.nan)
         # In the order of the first sample, so that the values of the ids do not decide the last bit.
         prompts = stats.rows(rate)[segment_starts(stats.index)]

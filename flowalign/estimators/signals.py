@@ -47,6 +47,21 @@ class Signal:
     stats: Mapping[str, float] = field(default_factory=dict)
     known: tuple[tuple[Tensor, str, SegmentStats], ...] = ()
 
+    def before(self, stage: str) -> Tensor:
+        """Return the rewards as they were before the baseline.
+
+        Args:
+            stage: Who asks, for the message.
+
+        Raises:
+            ValueError: If there was none, or credit was given since, so that they belong to other rows.
+        """
+        if self.raw is None:
+            raise ValueError(
+                f"{stage} reads the rewards before the baseline, which are gone once credit is given to steps: put it before that"
+            )
+        return self.raw
+
     def note(self, **stats: float) -> Signal:
         """Add numbers to log."""
         return replace(self, stats={**self.stats, **stats})

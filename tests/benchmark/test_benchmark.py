@@ -112,12 +112,22 @@ def test_seconds_are_measured_one_run_at_a_time(write):
 def test_a_cell_s_folder_changes_with_whatever_changes_its_result(write):
     config = load_benchmark(write(), [])
     cell = config.final("awm", {}, 0)
-    others = [replace(cell, seed=1), replace(cell, amount=800.0), replace(cell, overrides={"train.groups": 3}), replace(cell, milestones=3)]
+    others = [replace(cell, seed=1), replace(cell, amount=800.0), config.final("awm", {"train.groups": 3}, 0), replace(cell, milestones=3)]
     assert len({folder_of(config, other) for other in [cell, *others]}) == 5
     assert config.trials("awm") == []
     assert len(config.bases()) == 1  # both methods sample alike before training
     guided = load_benchmark(write(methods={"awm": {}, "guided": {"pipeline.guidance_scale": 4.0}}), [])
     assert len(guided.bases()) == 2
+
+
+def test_a_cell_is_known_by_what_is_meant_and_not_by_how_it_is_written(write, tmp_path):
+    path = write()
+    cell = load_benchmark(path, []).final("awm", {}, 0)
+    spelled_out = load_benchmark(write(methods={"awm": {"train.groups": 2}}), []).final("awm", {}, 0)
+    assert spelled_out.name == cell.name
+    run = tmp_path / "run.yaml"
+    run.write_text(run.read_text().replace("num_levels: 2", "num_levels: 1"))
+    assert load_benchmark(write(), []).final("awm", {}, 0).name != cell.name
 
 
 def test_what_runs_spend_is_what_the_formulas_say_and_never_more_than_the_budget(write, in_process):
@@ -206,6 +216,26 @@ def test_a_crashed_cell_loses_no_other_and_is_tried_again(write, in_process, mon
     monkeypatch.setattr(study.subprocess, "Popen", kept)
     study.benchmark(str(path))
     assert read_result(config, config.final("awm", {}, 0)) is not None
+
+
+def test_a_method_whose_search_fails_is_left_out_and_named(write, in_process, monkeypatch, capsys):
+    path = write(seeds=[0], search={"grid": {"train.learning_rate": [1e-4, 1e-2]}, "share": 0.5})
+    config = load_benchmark(path, [])
+    broken = {str(folder_of(config, cell)) for cell in config.trials("awm")}
+    kept = study.subprocess.Popen
+    absent = str(folder_of(config, config.trials("awm")[0]) / "absent")
+    monkeypatch.setattr(
+        study.subprocess,
+        "Popen",
+        lambda command, **rest: kept([*command[:3], absent if command[3] in broken else command[3]], **rest),
+    )
+    study.benchmark(str(path))
+    shown = capsys.readouterr().out
+    assert "No trial of the search finished, so not run: awm." in shown
+    assert "| awm | 0 |" in shown
+    assert read_result(config, config.final("flow_grpo", {"train.learning_rate": 1e-2}, 0)) or read_result(
+        config, config.final("flow_grpo", {"train.learning_rate": 1e-4}, 0)
+    )
 
 
 def test_a_budget_below_one_step_is_refused(write, in_process, capsys):
