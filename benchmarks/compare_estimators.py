@@ -1,8 +1,8 @@
 """Which estimator? Recipes under AWM on the shapes world, at equal images and several training seeds, scored on held-out prompts.
 
 Every run differs from the others in its recipe, its setting and its seed only. The reward is the demo's (half strict, half graded, all tags), or strict, 0 or
-1: on the two hardest tags, and on training prompts that the base passes once in eight images or never, so that in many groups all samples fail. Finished
-runs are kept, so that the command goes on where it was stopped.
+1: on the two hardest tags, and on training prompts that the base passes once in eight images or never, in groups of eight and, so that in most groups all
+samples fail, of four. Finished runs are kept, so that the command goes on where it was stopped.
 
     python benchmarks/compare_estimators.py --output runs/compare_estimators --jobs 2
 
@@ -54,12 +54,13 @@ ALL_TAGS = {"single_object": 1, "two_object": 3, "counting": 3, "colors": 2, "po
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is rewarded, on which training prompts."""
+    """What is rewarded, on which training prompts, in groups of which size."""
 
     name: str
     strict: float
     tag_weights: dict[str, int] | None = None
     rarely_passed: bool = False
+    group_size: int = 8
 
 
 SETTINGS = {
@@ -70,6 +71,9 @@ SETTINGS = {
         tag_weights={**dict.fromkeys(ALL_TAGS, 0), "position": 1, "color_attr": 1},
     ),
     "rare": Setting(name="strict reward (0 or 1), prompts that the base rarely passes", strict=1.0, rarely_passed=True),
+    "few": Setting(
+        name="strict reward (0 or 1), prompts that the base rarely passes, groups of four", strict=1.0, rarely_passed=True, group_size=4
+    ),
 }
 REFERENCE = "grpo"
 RARE, RARE_FROM, RARE_IMAGES = "rare_prompts.jsonl", 600, 8
@@ -94,8 +98,8 @@ class Cell:
             "rewards": f"[{{reward: {{type: shapes, strict: {SETTINGS[self.setting].strict}}}}}]",
             "prompts.source": str(options.output / RARE) if SETTINGS[self.setting].rarely_passed else "shapes",
             "prompts.tag_weights": json.dumps(SETTINGS[self.setting].tag_weights),
-            "train.groups": options.groups,
-            "train.group_size": options.group_size,
+            "train.groups": options.images // SETTINGS[self.setting].group_size,
+            "train.group_size": SETTINGS[self.setting].group_size,
             "train.checkpoint_every": options.steps,
         }
         return load_config("shapes_awm", [text for key, value in overrides.items() for text in (f"--{key}", str(value))])
@@ -192,6 +196,7 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
         before = "" if rare else f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; "
         num = len((options.output / RARE).read_text().splitlines()) if rare else 0
         chosen = f"{num} prompts, chosen among {RARE_FROM} by {RARE_IMAGES} images each; " if rare else ""
+        groups = f"{options.images // SETTINGS[setting].group_size} prompts x {SETTINGS[setting].group_size} images a step; "
         (options.output / f"rows_{setting}.json").write_text(json.dumps(found, indent=2) + "\n")
         tables.append(
             Table(
@@ -201,7 +206,7 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
                     [str(row[key]) for key in ("recipe", "gain", "seeds", "versus")] + [f"{row['size']:.3f}", f"{row['distance']:.4f}"]
                     for row in found
                 ],
-                caption=f"{before}{chosen}in {REFERENCE}'s training, {flat:.0%} of the groups are flat.",
+                caption=f"{groups}{before}{chosen}in {REFERENCE}'s training, {flat:.0%} of the groups are flat.",
             )
         )
     return tables
@@ -215,8 +220,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--images", type=int, default=64, help="images a step, in groups of the setting's size")
     parser.add_argument("--num_prompts", type=int, default=120)
     parser.add_argument("--images_per_prompt", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
@@ -224,6 +228,8 @@ def main() -> None:
     options = parser.parse_args()
     if REFERENCE not in options.recipes:
         parser.error(f"--recipes: needs {REFERENCE}, which the others are compared with")
+    if any(options.images % SETTINGS[name].group_size for name in options.settings):
+        parser.error(f"--images: got {options.images}, needed a multiple of the groups' size (8; 4 in the setting few)")
 
     # Seeds outermost: a study that is stopped early has all recipes on some seeds.
     cells = [
@@ -256,12 +262,11 @@ def main() -> None:
     pipeline = first.pipeline.build(seed=0)
     base = score_model(pipeline, suite(options), num_steps=pipeline.num_steps, seed=0, title="base", role="reference")
     base.write(options.output / "records_base.jsonl")
-    training = ShapesSuite(split="train", num_prompts=options.num_prompts, images_per_prompt=options.group_size)
+    training = ShapesSuite(split="train", num_prompts=options.num_prompts, images_per_prompt=Setting.group_size)
     before = score_model(pipeline, training, num_steps=pipeline.num_steps, seed=0, title="base on training prompts", role="reference")
     tables = report(options, cells, base, before)
-    images = options.steps * options.groups * options.group_size
     head = (
-        f"{images} images a run ({options.steps} steps of {options.groups} prompts x {options.group_size}), seeds {options.seeds}; strict score on "
+        f"{options.steps * options.images} images a run ({options.steps} steps of {options.images}), seeds {options.seeds}; strict score on "
         f"{options.num_prompts} held-out prompts x {options.images_per_prompt}; base {base.scores().overall}"
     )
     print(f"\n{head}")
