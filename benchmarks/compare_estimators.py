@@ -1,7 +1,8 @@
 """Which estimator? Recipes under AWM on the shapes world, at equal images and several training seeds, scored on held-out prompts.
 
-Every run differs from the others in its recipe, its setting and its seed only. The reward is either the demo's (half strict, half graded, all tags) or
-strict on the two hardest tags: 0 or 1, so that in many groups all samples fail. Finished runs are kept, so that the command goes on where it was stopped.
+Every run differs from the others in its recipe, its setting and its seed only. The reward is the demo's (half strict, half graded, all tags), or strict, 0 or
+1: on the two hardest tags, and on training prompts that the base passes once in eight images or never, in groups of eight and, so that in most groups all
+samples fail, of four. Finished runs are kept, so that the command goes on where it was stopped.
 
     python benchmarks/compare_estimators.py --output runs/compare_estimators --jobs 2
 
@@ -26,10 +27,9 @@ import torch
 from tqdm import tqdm
 
 from flowalign.env import hardware, versions
-from flowalign.evaluate.records import Evaluation, read_evaluation
+from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report
-from flowalign.evaluate.scores import Difference
-from flowalign.evaluate.statistics import paired_difference, seed_spread
+from flowalign.evaluate.statistics import seed_spread
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
 from flowalign.run import run_training
@@ -54,11 +54,13 @@ ALL_TAGS = {"single_object": 1, "two_object": 3, "counting": 3, "colors": 2, "po
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is rewarded, on which training prompts."""
+    """What is rewarded, on which training prompts, in groups of which size."""
 
     name: str
     strict: float
-    tag_weights: dict[str, int]
+    tag_weights: dict[str, int] | None = None
+    rarely_passed: bool = False
+    group_size: int = 8
 
 
 SETTINGS = {
@@ -68,8 +70,13 @@ SETTINGS = {
         strict=1.0,
         tag_weights={**dict.fromkeys(ALL_TAGS, 0), "position": 1, "color_attr": 1},
     ),
+    "rare": Setting(name="strict reward (0 or 1), prompts that the base rarely passes", strict=1.0, rarely_passed=True),
+    "few": Setting(
+        name="strict reward (0 or 1), prompts that the base rarely passes, groups of four", strict=1.0, rarely_passed=True, group_size=4
+    ),
 }
 REFERENCE = "grpo"
+RARE, RARE_FROM, RARE_IMAGES = "rare_prompts.jsonl", 600, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +96,10 @@ class Cell:
             "output": self.folder / "run",
             "advantage": RECIPES[self.recipe],
             "rewards": f"[{{reward: {{type: shapes, strict: {SETTINGS[self.setting].strict}}}}}]",
+            "prompts.source": str(options.output / RARE) if SETTINGS[self.setting].rarely_passed else "shapes",
             "prompts.tag_weights": json.dumps(SETTINGS[self.setting].tag_weights),
-            "train.groups": options.groups,
-            "train.group_size": options.group_size,
+            "train.groups": options.images // SETTINGS[self.setting].group_size,
+            "train.group_size": SETTINGS[self.setting].group_size,
             "train.checkpoint_every": options.steps,
         }
         return load_config("shapes_awm", [text for key, value in overrides.items() for text in (f"--{key}", str(value))])
@@ -100,6 +108,21 @@ class Cell:
 def suite(options: argparse.Namespace) -> ShapesSuite:
     """The held-out prompts that every run is scored on."""
     return ShapesSuite(split="heldout", num_prompts=options.num_prompts, images_per_prompt=options.images_per_prompt)
+
+
+def write_rare_prompts(options: argparse.Namespace) -> None:
+    """Write the training prompts of which at most one of eight images of the base passes."""
+    path = options.output / RARE
+    if path.is_file():
+        return
+    training = ShapesSuite(split="train", num_prompts=RARE_FROM, images_per_prompt=RARE_IMAGES)
+    pipeline = load_config("shapes_awm").pipeline.build(seed=0)
+    found = score_model(pipeline, training, num_steps=pipeline.num_steps, seed=1, title="base on training prompts", role="reference")
+    passed: dict[int, int] = {}
+    for record in found.records:
+        passed[record.id] = passed.get(record.id, 0) + record.strict
+    lines = [json.dumps(dict(prompt.metadata)) for prompt in training.prompts() if passed[prompt.id] <= 1]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run(cell: Cell, options: argparse.Namespace) -> None:
@@ -119,27 +142,14 @@ def run(cell: Cell, options: argparse.Namespace) -> None:
     (cell.folder / "records.partial").rename(cell.folder / "records.jsonl")
 
 
-def pooled(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> Difference:
-    """The strict score of ``second`` minus ``first``, over all training seeds, paired by seed, prompt and noise and clustered by prompt."""
-    base, tuned, ids, tags = [], [], [], []
-    for one, two in zip(first, second, strict=True):
-        partner = {(record.id, record.k): record.strict for record in one.records}
-        for record in two.records:
-            base.append(float(partner[record.id, record.k]))
-            tuned.append(float(record.strict))
-            ids.append(record.id)
-            tags.append(record.tag)
-    return paired_difference(base, tuned, ids, tags)
-
-
 def rows(cells: Sequence[Cell], base: Evaluation, recipes: Sequence[str], setting: str) -> list[dict[str, object]]:
     """One row for each recipe, best first."""
     scores = {recipe: [read_evaluation(cell.folder / "records.jsonl") for cell in _of(cells, recipe, setting)] for recipe in recipes}
     found = []
     for recipe in recipes:
-        gain = pooled([base] * len(scores[recipe]), scores[recipe])
-        spread = seed_spread([pooled([base], [one]).overall.mean for one in scores[recipe]]) if len(scores[recipe]) > 1 else None
-        versus = pooled(scores[REFERENCE], scores[recipe]) if recipe != REFERENCE else None
+        gain = compare_runs([(base, one) for one in scores[recipe]])
+        spread = seed_spread([compare_runs([(base, one)]).overall.mean for one in scores[recipe]]) if len(scores[recipe]) > 1 else None
+        versus = compare_runs(list(zip(scores[REFERENCE], scores[recipe], strict=True))) if recipe != REFERENCE else None
         logs = [read_log(cell.folder / "run" / "log.jsonl") for cell in _of(cells, recipe, setting)]
         found.append(
             {
@@ -166,7 +176,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def failing(base: Evaluation, setting: str) -> float:
     """The share of groups that get nothing from the strict reward, each tag weighted as in training."""
-    weights = SETTINGS[setting].tag_weights
+    weights = SETTINGS[setting].tag_weights or ALL_TAGS
     groups: dict[tuple[str, int], list[bool]] = {}
     for record in base.records:
         groups.setdefault((record.tag, record.id), []).append(record.strict)
@@ -180,7 +190,13 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
     columns = ("recipe", "gain over the base", "seeds", f"minus {REFERENCE}", "mean |advantage|", "distance to the base")
     for setting in options.settings:
         found = rows(cells, base, options.recipes, setting)
-        flat = _mean([float(str(row["flat"])) for row in found if row["flat"] == row["flat"]] or [float("nan")])
+        # What a recipe compares may be flat where its rewards are not; grpo compares the rewards themselves.
+        flat = next(float(str(row["flat"])) for row in found if row["recipe"] == REFERENCE)
+        rare = SETTINGS[setting].rarely_passed
+        before = "" if rare else f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; "
+        num = len((options.output / RARE).read_text().splitlines()) if rare else 0
+        chosen = f"{num} prompts, chosen among {RARE_FROM} by {RARE_IMAGES} images each; " if rare else ""
+        groups = f"{options.images // SETTINGS[setting].group_size} prompts x {SETTINGS[setting].group_size} images a step; "
         (options.output / f"rows_{setting}.json").write_text(json.dumps(found, indent=2) + "\n")
         tables.append(
             Table(
@@ -190,7 +206,7 @@ def report(options: argparse.Namespace, cells: Sequence[Cell], base: Evaluation,
                     [str(row[key]) for key in ("recipe", "gain", "seeds", "versus")] + [f"{row['size']:.3f}", f"{row['distance']:.4f}"]
                     for row in found
                 ],
-                caption=f"With the base, all samples fail in {failing(base_on_training, setting):.0%} of the groups; in training, {flat:.0%} of them are flat.",
+                caption=f"{groups}{before}{chosen}in {REFERENCE}'s training, {flat:.0%} of the groups are flat.",
             )
         )
     return tables
@@ -204,8 +220,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--images", type=int, default=64, help="images a step, in groups of the setting's size")
     parser.add_argument("--num_prompts", type=int, default=120)
     parser.add_argument("--images_per_prompt", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
@@ -213,6 +228,8 @@ def main() -> None:
     options = parser.parse_args()
     if REFERENCE not in options.recipes:
         parser.error(f"--recipes: needs {REFERENCE}, which the others are compared with")
+    if any(options.images % SETTINGS[name].group_size for name in options.settings):
+        parser.error(f"--images: got {options.images}, needed a multiple of the groups' size (8; 4 in the setting few)")
 
     # Seeds outermost: a study that is stopped early has all recipes on some seeds.
     cells = [
@@ -227,6 +244,8 @@ def main() -> None:
         for recipe in options.recipes
     ]
     options.output.mkdir(parents=True, exist_ok=True)
+    if any(SETTINGS[name].rarely_passed for name in options.settings):
+        write_rare_prompts(options)
     todo = [cell for cell in cells if not (cell.folder / "records.jsonl").is_file()]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run, cell, options): cell for cell in todo}
@@ -243,12 +262,11 @@ def main() -> None:
     pipeline = first.pipeline.build(seed=0)
     base = score_model(pipeline, suite(options), num_steps=pipeline.num_steps, seed=0, title="base", role="reference")
     base.write(options.output / "records_base.jsonl")
-    training = ShapesSuite(split="train", num_prompts=options.num_prompts, images_per_prompt=options.group_size)
+    training = ShapesSuite(split="train", num_prompts=options.num_prompts, images_per_prompt=Setting.group_size)
     before = score_model(pipeline, training, num_steps=pipeline.num_steps, seed=0, title="base on training prompts", role="reference")
     tables = report(options, cells, base, before)
-    images = options.steps * options.groups * options.group_size
     head = (
-        f"{images} images a run ({options.steps} steps of {options.groups} prompts x {options.group_size}), seeds {options.seeds}; strict score on "
+        f"{options.steps * options.images} images a run ({options.steps} steps of {options.images}), seeds {options.seeds}; strict score on "
         f"{options.num_prompts} held-out prompts x {options.images_per_prompt}; base {base.scores().overall}"
     )
     print(f"\n{head}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+Add = Callable[[str, str, str], argparse.ArgumentParser]
 
 KINDS = ("pipelines", "rewards", "algorithms", "estimators")
 
@@ -16,6 +18,85 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, needed at least 1")
     return value
+
+
+def _add_demo(add: Add) -> None:
+    demo = add(
+        "demo",
+        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
+        "flowalign demo --output runs/demo",
+    )
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
+    demo.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
+
+
+def _add_train(add: Add) -> None:
+    train = add(
+        "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
+    train.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
+    )
+
+
+def _add_evaluate(add: Add) -> None:
+    evaluate = add(
+        "evaluate",
+        "score a model on a suite with 95 %% intervals, alone or against another",
+        "flowalign evaluate shapes --lora runs/demo/run",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
+    evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
+    evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
+    evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
+    evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    evaluate.add_argument(
+        "--num-prompts", type=_positive, default=300, help="number of prompts, the tags in equal shares as far as they go"
+    )
+    evaluate.add_argument("--images-per-prompt", type=_positive, default=4, help="images of each prompt")
+    evaluate.add_argument(
+        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
+    )
+
+
+def _add_benchmark(add: Add) -> None:
+    compare = add(
+        "benchmark",
+        "compare methods at equal compute over several seeds; the same command goes on",
+        "flowalign benchmark benchmark_shapes --jobs 2",
+    )
+    compare.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    compare.add_argument("--jobs", type=_positive, default=1, help="runs at a time")
+    compare.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads of each; equal shares where not given")
+    compare.usage = "flowalign benchmark CONFIG [--jobs JOBS] [--threads N] [--field value ...]"
+
+
+def _add_sample(add: Add) -> None:
+    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
+    sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
+    sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
+    sample.add_argument("--output", type=Path, default=Path("samples.png"), help="PNG file")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sample.add_argument("--num-images", type=_positive, default=4, help="images of each prompt")
+    sample.add_argument(
+        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
+    )
+
+
+def _add_shapes(add: Add) -> None:
+    world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
+    actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pretrain = actions.add_parser(
+        "pretrain", help="pretrain the shapes pipeline; the same command resumes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
+    pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
+    pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,63 +119,12 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    demo = add(
-        "demo",
-        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
-        "flowalign demo --output runs/demo",
-    )
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
-    demo.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
-
-    train = add(
-        "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
-    )
-    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
-    train.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
-    )
-
-    evaluate = add(
-        "evaluate",
-        "score a model on a suite with 95 %% intervals, alone or against another",
-        "flowalign evaluate shapes --lora runs/demo/run",
-    )
-    evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
-    evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
-    evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
-    evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
-    evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    evaluate.add_argument(
-        "--num-prompts", type=_positive, default=300, help="number of prompts, the tags in equal shares as far as they go"
-    )
-    evaluate.add_argument("--images-per-prompt", type=_positive, default=4, help="images of each prompt")
-    evaluate.add_argument(
-        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
-    )
-
-    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
-    sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
-    sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
-    sample.add_argument("--output", type=Path, default=Path("samples.png"), help="PNG file")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    sample.add_argument("--num-images", type=_positive, default=4, help="images of each prompt")
-    sample.add_argument(
-        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
-    )
-
-    world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
-    actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
-    pretrain = actions.add_parser(
-        "pretrain", help="pretrain the shapes pipeline; the same command resumes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
-    pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
-    pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
-    pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
-
+    _add_demo(add)
+    _add_train(add)
+    _add_evaluate(add)
+    _add_benchmark(add)
+    _add_sample(add)
+    _add_shapes(add)
     listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
     listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
     add("env", "print versions and devices for a bug report", "flowalign env")
@@ -134,6 +164,10 @@ def _run(options: argparse.Namespace) -> None:
         from flowalign.run import train
 
         train(options.config, options.overrides)
+    elif options.command == "benchmark":
+        from flowalign.benchmark.study import benchmark
+
+        benchmark(options.config, options.unknown, jobs=options.jobs, threads=options.threads)
     elif options.command == "evaluate":
         from flowalign.generate import evaluate
 
@@ -164,7 +198,11 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    options.unknown = unknown
+    if unknown and options.command != "benchmark":  # whose other words are fields of its configuration
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     sys.path.append(os.getcwd())  # so that `type: my_package.my_reward` finds a module of the folder one works in
     try:
         _dispatch(options)

@@ -20,7 +20,7 @@ from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
 from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
-from flowalign.train.scoring import NamedReward
+from flowalign.train.scoring import ChecksRecords, NamedReward
 
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
@@ -62,25 +62,23 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
 def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt]) -> None:
     """Let rewards that read records refuse them before anything is sampled."""
     for entry in rewards:
-        check = getattr(entry.reward, "check", None)
-        for prompt in prompts if check is not None else ():
+        if not isinstance(entry.reward, ChecksRecords):
+            continue
+        for prompt in prompts:
             try:
-                check(prompt.metadata)
+                entry.reward.check(prompt.metadata)
             except ValueError as error:
                 raise ConfigError(f"{prompt.where}: reward {entry.name!r} cannot score {prompt.text!r}: {error}") from error
 
 
 def _estimator(spec: Any, weights: list[float]) -> Any:
-    """Build the estimator, its options checked like every other part of the configuration."""
+    """Build the estimator; rewards with weights tell it theirs."""
     if isinstance(spec, str):
         spec = {"type": spec}
     if isinstance(spec, list):
         if any(weight != 1 for weight in weights):
             raise ConfigError("rewards: weights have no meaning beside a list of stages; give them to its combine_rewards stage")
-        try:
-            return estimators.from_config(spec)
-        except TypeError as error:
-            raise ConfigError(f"advantage: {error}") from error
+        return estimators.from_config(spec)
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
         raise ConfigError(f"advantage: needs a recipe's name, a mapping with a 'type' or a list of stages, got {spec!r}")
     made = estimators.config(spec["type"])
@@ -89,7 +87,10 @@ def _estimator(spec: Any, weights: list[float]) -> Any:
         options.setdefault("reward_weights", weights)
     elif any(weight != 1 for weight in weights):
         raise ConfigError(f"rewards: recipe {spec['type']!r} takes no weights; leave them at 1 or choose another recipe")
-    return configuration.decode(made, options, "advantage").build()
+    try:
+        return estimators.recipe(spec["type"], **options)
+    except ValueError as error:
+        raise ConfigError(f"advantage: {error}") from error
 
 
 def _accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:

@@ -14,7 +14,8 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowalign.estimators import recipes
@@ -22,7 +23,9 @@ from flowalign.estimators.batch import AdvantageBatch as AdvantageBatch
 from flowalign.estimators.batch import RewardBatch as RewardBatch
 from flowalign.estimators.batch import Tree as Tree
 from flowalign.estimators.chain import Estimator as Estimator
-from flowalign.estimators.chain import Stage, chain
+from flowalign.estimators.chain import chain
+from flowalign.estimators.options import fit
+from flowalign.estimators.signals import Stage
 from flowalign.estimators.spelling import unknown
 from flowalign.estimators.stages import STAGES
 
@@ -48,13 +51,14 @@ def config(name: str) -> Any:
     return importlib.import_module(f"{recipes.__name__}.{name}").Config
 
 
-def _call(what: str, make: Any, options: Mapping[str, Any], known: Sequence[str]) -> Any:
+def _call(what: str, make: Callable[[], Any], options: Mapping[str, Any], known: Sequence[str]) -> Any:
+    """Make something, with its name before whatever is wrong with its options."""
     wrong = next((key for key in options if key not in known), None)
     if wrong is not None:
         raise ValueError(f"{what}: {unknown('option', wrong, known)}")
     try:
-        return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
-    except TypeError as error:
+        return make()
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
 
 
@@ -69,7 +73,7 @@ def recipe(name: str, **options: Any) -> Estimator:
         The estimator.
 
     Raises:
-        ValueError: If the recipe or an option is unknown; the nearest name is offered.
+        ValueError: If the recipe or an option is unknown, and the nearest name is offered; or an option does not fit.
 
     Examples:
         >>> recipe("gpro")
@@ -77,7 +81,13 @@ def recipe(name: str, **options: Any) -> Estimator:
         ValueError: unknown recipe 'gpro': did you mean 'grpo'?
     """
     made = config(name)
-    estimator: Estimator = _call(f"recipe {name!r}", made, options, [field.name for field in dataclasses.fields(made)]).build()
+    kinds = typing.get_type_hints(made)
+
+    def make() -> Estimator:
+        built: Estimator = made(**{key: fit(kinds[key], value, key) for key, value in options.items()}).build()
+        return built
+
+    estimator: Estimator = _call(f"recipe {name!r}", make, options, [field.name for field in dataclasses.fields(made)])
     return estimator
 
 
@@ -98,6 +108,8 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]
         if "type" not in given:
             raise ValueError("advantage: needs a 'type', for example {type: grpo, eps: 1e-4}")
         return recipe(str(given.pop("type")), **given)
+    if not isinstance(spec, Sequence):
+        raise ValueError(f"advantage: got {spec!r}, needed a recipe's name, a mapping with a 'type', or a list of stages")
     stages: list[Stage] = []
     for position, entry in enumerate(spec):
         if not isinstance(entry, str) and not (isinstance(entry, Mapping) and "stage" in entry):
@@ -110,7 +122,7 @@ def from_config(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]
             raise ValueError(f"advantage[{position}]: {unknown('stage', name, STAGES)}")
         make = STAGES[name]
         known = list(inspect.signature(make).parameters)
-        stages.append(_call(f"advantage[{position}] ({name})", make, given, known))
+        stages.append(_call(f"advantage[{position}] ({name})", functools.partial(make, **given), given, known))
     return chain(*stages)
 
 

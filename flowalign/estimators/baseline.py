@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, segment_key, statistics
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need, need_column
+from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs, statistics
 from flowalign.estimators.segments import SegmentStats, segment_medians, segment_ranks, segment_stats
+from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 _SIGNATURE = Signature(phase="reward -> centred")
 
@@ -23,29 +24,31 @@ def _compare(signal: Signal, stats: SegmentStats, deviation: Tensor, flat: Tenso
     """Put in the deviations; by range and not by value, so that rounding never becomes an advantage."""
     per_segment = stats.is_flat() if flat is None else flat
     centred = torch.where(stats.rows(per_segment) & ~torch.isnan(signal.x), 0.0, deviation)
-    share = float(per_segment.any(1).double().mean()) if len(stats.mean) else 0.0
-    return replace(signal, x=centred, raw=signal.x).note(flat_groups=share, groups=float(len(stats.mean)))
+    return replace(signal, x=centred, raw=signal.x)
 
 
-def _baseline(name: str, over: str, deviation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Stage:
+def _baseline(over: Segmentation, deviation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         signal, stats = statistics(signal, batch, over)
         return _compare(signal, stats, deviation(signal.x, stats.rows(stats.mean), stats.rows(stats.count)))
 
-    return pure(name, _SIGNATURE, apply)
+    return pure(_SIGNATURE, apply, needs=segment_needs(over))
 
 
-def center(over: str = "group") -> Stage:
+@stage
+def center(over: Segmentation = "group") -> Stage:
     """Subtract the mean of the segment; flat segments and segments of one give 0."""
-    return _baseline(f"center(over={over})", over, lambda x, mean, count: x - mean)
+    return _baseline(over, lambda x, mean, count: x - mean)
 
 
-def leave_one_out(over: str = "group") -> Stage:
+@stage
+def leave_one_out(over: Segmentation = "group") -> Stage:
     """Subtract the mean of the *other* values of the segment: ``K / (K - 1)`` times what ``center`` gives."""
-    return _baseline(f"leave_one_out(over={over})", over, lambda x, mean, count: (x - mean) * count / (count - 1).clamp(min=1))
+    return _baseline(over, lambda x, mean, count: (x - mean) * count / (count - 1).clamp(min=1))
 
 
-def center_by_median(over: str = "group") -> Stage:
+@stage
+def center_by_median(over: Segmentation = "group") -> Stage:
     """Subtract the median of the segment; of an even number of values it is the midpoint of the two in the middle."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
@@ -53,10 +56,11 @@ def center_by_median(over: str = "group") -> Stage:
         stats = segment_stats(signal.x, key)
         return _compare(signal, stats, signal.x - stats.rows(segment_medians(signal.x, key)))
 
-    return pure(f"center_by_median(over={over})", _SIGNATURE, apply)
+    return pure(_SIGNATURE, apply, needs=segment_needs(over))
 
 
-def center_by_weighted_mean(over: str = "group", *, metric: int | None = None) -> Stage:
+@stage
+def center_by_weighted_mean(over: Segmentation = "group", *, metric: int | None = None) -> Stage:
     """Subtract a weighted mean of the segment, which minimises the variance when the weights are squared gradient norms.
 
     Args:
@@ -81,10 +85,10 @@ def center_by_weighted_mean(over: str = "group", *, metric: int | None = None) -
         mean = segment_stats(signal.x * known, key).mean / torch.where(total.mean > 0, total.mean, 1.0)
         return _compare(signal, stats, signal.x - stats.rows(mean))
 
-    shown = "steps" if metric is None else f"metric {metric}"
-    return pure(f"center_by_weighted_mean(over={over}, weight={shown})", _SIGNATURE, apply, needs=() if metric is None else ("metric",))
+    return pure(_SIGNATURE, apply, needs=(*segment_needs(over), *(() if metric is None else ("metric",))))
 
 
+@stage
 def subtract_given() -> Stage:
     """Subtract ``RewardBatch.baseline``, reward by reward; nothing is compared within the group, so a group of one works."""
 
@@ -94,7 +98,9 @@ def subtract_given() -> Stage:
             raise ValueError(f"baseline: got {given.shape[1]} columns for {signal.x.shape[1]} rewards, needed one each")
         return replace(signal, x=signal.x - given[signal.sample], raw=signal.x)
 
-    return pure("subtract_given", Signature(rows="sample", phase="reward -> centred"), apply, needs=("baseline",))
+    return pure(
+        Signature(rows="sample", rewards="several", phase="reward -> centred", refuses=f"{FACTORS} | shaped"), apply, needs=("baseline",)
+    )
 
 
 def with_virtual(stats: SegmentStats, value: float, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +117,7 @@ def with_virtual(stats: SegmentStats, value: float, num: int) -> tuple[Tensor, T
     return mean, m2, augmented.is_flat() | (stats.count < 2)
 
 
+@stage
 def center_with_virtual(value: float = 1.0, *, num: int = 1) -> Stage:
     """Subtract the mean of the group and of ``num`` virtual samples that got ``value``, the largest possible reward.
 
@@ -128,9 +135,10 @@ def center_with_virtual(value: float = 1.0, *, num: int = 1) -> Stage:
         mean, _, flat = with_virtual(stats, value, num) if num else (stats.mean, stats.m2, stats.is_flat())
         return _compare(signal, stats, signal.x - stats.rows(mean), flat)
 
-    return pure(f"center_with_virtual({value:g}, num={num})", _SIGNATURE, apply)
+    return pure(_SIGNATURE, apply)
 
 
+@stage
 def center_across_halves(
     inter: float = 0.5, *, metric: int = 0, discount: float = 1.0, discounted: Literal["low", "high"] = "low"
 ) -> Stage:
@@ -166,11 +174,10 @@ def center_across_halves(
         deviation = inter * across + (1 - inter) * (signal.x - own)
         return _compare(signal, stats, deviation)
 
-    extra = "" if discount == 1 else f", discount={discount:g} on {discounted}"
-    name = f"center_across_halves(inter={inter:g}, metric={metric}{extra})"
-    return pure(name, Signature(rewards="one", phase="reward -> centred"), apply, needs=("metric",))
+    return pure(Signature(rewards="one", phase="reward -> centred"), apply, needs=("metric",))
 
 
+@stage
 def center_by_running_mean(*, decay: float = 0.9, min_count: float = 4.0) -> Stage:
     """Subtract a mean over this and earlier steps of the same prompt, for prompts that come back and groups that are small.
 
@@ -210,7 +217,7 @@ def center_by_running_mean(*, decay: float = 0.9, min_count: float = 4.0) -> Sta
         empty = torch.zeros(0, 1, dtype=torch.float64)
         return {"id": torch.zeros(0, dtype=torch.int64), "count": empty, "mean": empty}
 
-    return Stage(name=f"center_by_running_mean(decay={decay:g}, min_count={min_count:g})", signature=_SIGNATURE, apply=apply, init=init)
+    return Stage(signature=_SIGNATURE, apply=apply, init=init)
 
 
 STAGES: Sequence[Callable[..., Stage]] = (

@@ -9,6 +9,23 @@ from torch import Tensor
 
 from flowalign.estimators.forest import Tree as Tree
 
+LARGEST = 1e30  # float32 ends at 3e38: leaves room for sums over steps and divisions by small temperatures
+
+_TABLES: Mapping[str, tuple[torch.dtype, str]] = {
+    "rewards": (torch.float64, "batch rewards"),
+    "clauses": (torch.float64, "batch clauses"),
+    "metric": (torch.float64, "batch metrics"),
+    "log_prob": (torch.float64, "batch steps"),
+    "step_rewards": (torch.float64, "batch steps rewards"),
+    "baseline": (torch.float64, "batch rewards"),
+    "group_id": (torch.int64, "batch"),
+    "sample_uid": (torch.int64, "batch"),
+    "anchor_id": (torch.int64, "batch steps"),
+    "clauses_valid": (torch.bool, "batch clauses"),
+    "step_mask": (torch.bool, "batch steps"),
+}
+"""Every table's type and axes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBatch:
@@ -49,21 +66,22 @@ class RewardBatch:
 
     def __post_init__(self) -> None:
         """Convert to float64 and int64 on the CPU and check shapes, ids and values."""
-        if self.rewards.ndim != 2:
+        for name in _TABLES:
+            if vars(self)[name] is not None and not isinstance(vars(self)[name], Tensor):
+                raise ValueError(f"{name}: got {type(vars(self)[name]).__name__}, needed a torch.Tensor")
+        if self.rewards.ndim != 2 or self.rewards.shape[1] == 0:
             raise ValueError(
                 f"rewards: got shape {tuple(self.rewards.shape)}, needed [batch, rewards]; for one reward use rewards[:, None]"
             )
         num = len(self.rewards)
         if num == 0:
             raise ValueError("rewards: got no samples; gather the samples of all ranks before they are compared")
-        for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
-            self._convert(name, torch.float64, num)
-        for name in ("group_id", "sample_uid", "anchor_id"):
-            self._convert(name, torch.int64, num)
-        for name in ("clauses_valid", "step_mask"):
-            self._convert(name, torch.bool, num)
-        for name in ("rewards", "clauses", "metric", "log_prob", "step_rewards", "baseline"):
-            self._refuse_infinite(name)
+        for name, (dtype, axes) in _TABLES.items():
+            self._convert(name, dtype, axes, num)
+        for name, (dtype, _) in _TABLES.items():
+            if dtype == torch.float64:
+                self._refuse_infinite(name)
+        self._check_widths()
         if len(torch.unique(self.sample_uid)) != num:
             values, counts = torch.unique(self.sample_uid, return_counts=True)
             twice = int(values[counts > 1][0])
@@ -72,10 +90,13 @@ class RewardBatch:
         if self.tree is not None:
             self._check_leaves(self.tree)
 
-    def _convert(self, name: str, dtype: torch.dtype, num: int) -> None:
+    def _convert(self, name: str, dtype: torch.dtype, axes: str, num: int) -> None:
         value = vars(self)[name]
         if value is None:
             return
+        if value.ndim != len(axes.split()):
+            more = "; for one reward add [..., None]" if name == "step_rewards" else ""
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, needed [{axes.replace(' ', ', ')}]{more}")
         if dtype == torch.int64 and value.is_floating_point():
             raise ValueError(f"{name}: got {value.dtype}, needed integers (a float32 cannot hold ids above 2**24)")
         if len(value) != num:
@@ -84,13 +105,26 @@ class RewardBatch:
 
     def _refuse_infinite(self, name: str) -> None:
         value = vars(self)[name]
-        if value is None or not bool(torch.isinf(value).any()):
+        if value is None or not bool((value.abs() > LARGEST).any()):
             return
-        place = torch.isinf(value).nonzero()[0].tolist()
+        place = (value.abs() > LARGEST).nonzero()[0].tolist()
+        got = value[tuple(place)]
+        wanted = 'finite (NaN means "not computed")' if torch.isinf(got) else f"at most {LARGEST:g} in size, so that advantages are finite"
         raise ValueError(
-            f"{name}[{', '.join(map(str, place))}]: got {value[tuple(place)].item()} for sample {int(self.sample_uid[place[0]])}; "
-            f'{name.replace("_", " ")} must be finite (NaN means "not computed")'
+            f"{name}[{', '.join(map(str, place))}]: got {got.item():g} for sample {int(self.sample_uid[place[0]])}; "
+            f"{name.replace('_', ' ')} must be {wanted}"
         )
+
+    def _check_widths(self) -> None:
+        rewards = self.rewards.shape[1]
+        if self.baseline is not None and self.baseline.shape[1] != rewards:
+            raise ValueError(f"baseline: got {self.baseline.shape[1]} columns for {rewards} rewards, needed one each")
+        if self.step_rewards is not None and self.step_rewards.shape[2] != rewards:
+            raise ValueError(f"step_rewards: got {self.step_rewards.shape[2]} rewards at each step for {rewards} rewards, needed one each")
+        if self.clauses is not None and self.clauses_valid is not None and self.clauses.shape != self.clauses_valid.shape:
+            raise ValueError(
+                f"clauses_valid: got shape {tuple(self.clauses_valid.shape)}, needed that of clauses, {tuple(self.clauses.shape)}"
+            )
 
     def _check_steps(self) -> None:
         steps = self.num_steps
@@ -98,10 +132,6 @@ class RewardBatch:
             value = vars(self)[name]
             if value is not None and value.shape[1] != steps:
                 raise ValueError(f"{name}: got {value.shape[1]} steps where the batch has {steps}")
-        if self.step_rewards is not None and self.step_rewards.ndim != 3:
-            raise ValueError(
-                f"step_rewards: got shape {tuple(self.step_rewards.shape)}, needed [batch, steps, rewards]; for one reward add [..., None]"
-            )
         if self.tree is not None and len(self.tree.parent) and int(self.tree.edge_end.max()) > steps:
             row = int(self.tree.edge_end.argmax())
             raise ValueError(f"tree.edge_end[{row}]: is {int(self.tree.edge_end[row])}, but the batch has {steps} trained steps")

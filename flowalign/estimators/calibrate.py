@@ -7,15 +7,18 @@ from typing import Literal
 import torch
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key, statistics
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_column
-from flowalign.estimators.scale import Rule, divisor, quotient
+from flowalign.estimators.options import at_least, inside
+from flowalign.estimators.scale import Rule, divisor, quotient, refuse_divisor
+from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs, statistics
 from flowalign.estimators.segments import segment_medians, segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 _CALIBRATE = Signature(phase="centred | scaled | calibrated -> calibrated", rewards="one")
 
 
+@stage
 def clip(size: float) -> Stage:
     """Clip to ``[-size, size]``."""
     if size <= 0:
@@ -26,10 +29,11 @@ def clip(size: float) -> Stage:
         share = float((known.abs() > size).double().mean()) if known.numel() else 0.0
         return replace(signal, x=signal.x.clamp(-size, size)).note(clipped=share)
 
-    return pure(f"clip({size:g})", _CALIBRATE, apply)
+    return pure(_CALIBRATE, apply)
 
 
-def renormalise(over: str = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: Rule = "add") -> Stage:
+@stage
+def renormalise(over: Segmentation = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: Rule = "add") -> Stage:
     """Subtract the mean and divide by the standard deviation once more, over a larger segment.
 
     Over the batch this is one factor for all, so weights between rewards and between groups survive it.
@@ -40,7 +44,7 @@ def renormalise(over: str = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: 
         eps: Keeps the quotient finite.
         rule: How, see ``scale_by_std``.
     """
-    divisor(torch.zeros(0), eps=eps, rule=rule)  # refuse a wrong rule when the chain is built
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         signal, stats = statistics(signal, batch, over)
@@ -50,23 +54,24 @@ def renormalise(over: str = "batch", *, ddof: int = 1, eps: float = 1e-4, rule: 
         flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
         return replace(signal, x=torch.where(flat, 0.0, quotient(signal.x - stats.rows(mean), stats.rows(by))))
 
-    return pure(f"renormalise(over={over}, ddof={ddof}, eps={eps:g}, rule={rule})", _CALIBRATE, apply)
+    return pure(replace(_CALIBRATE, refuses="rewards | common" if over == "batch" else FACTORS), apply, needs=segment_needs(over))
 
 
+@stage
 def sign() -> Stage:
     """Keep only the sign: 1, 0 or -1."""
-    return pure("sign", _CALIBRATE, lambda signal, batch: replace(signal, x=torch.where(signal.x.isnan(), signal.x, torch.sign(signal.x))))
+    signature = replace(_CALIBRATE, refuses=FACTORS)
+    return pure(signature, lambda signal, batch: replace(signal, x=torch.where(signal.x.isnan(), signal.x, torch.sign(signal.x))))
 
 
+@stage
 def keep_side(side: Literal["positive", "negative"]) -> Stage:
     """Set the advantages of the other side to 0: learn from successes only, or from failures only."""
-    bounds = {"positive": (0.0, None), "negative": (None, 0.0)}
-    if side not in bounds:
-        raise ValueError(f"side: got {side!r}, needed 'positive' or 'negative'")
-    low, high = bounds[side]
-    return pure(f"keep_side({side})", _CALIBRATE, lambda signal, batch: replace(signal, x=signal.x.clamp(low, high)))
+    low, high = {"positive": (0.0, None), "negative": (None, 0.0)}[side]
+    return pure(_CALIBRATE, lambda signal, batch: replace(signal, x=signal.x.clamp(low, high)))
 
 
+@stage
 def to_probability(size: float = 5.0) -> Stage:
     """Map advantages to probabilities of being good, ``clip(A / size, -1, 1) / 2 + 1/2``; 1/2 is "no preference".
 
@@ -81,9 +86,11 @@ def to_probability(size: float = 5.0) -> Stage:
     """
     if size <= 0:
         raise ValueError(f"to_probability: got {size}, needed a positive size")
-    return pure(f"to_probability({size:g})", _CALIBRATE, lambda signal, batch: replace(signal, x=(signal.x / size).clamp(-1, 1) / 2 + 0.5))
+    signature = replace(_CALIBRATE, phase="centred | scaled | calibrated -> probability")
+    return pure(signature, lambda signal, batch: replace(signal, x=(signal.x / size).clamp(-1, 1) / 2 + 0.5))
 
 
+@stage
 def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.0, ddof: int = 1, eps: float = 1e-6) -> Stage:
     """Set for each sample the ratio that a bounded policy improvement would give it: ``1 - low + (low + high) * sigmoid(t)``.
 
@@ -99,9 +106,10 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
     """
     if not (0 < low < 1 and high > 0 and temperature > 0):
         raise ValueError(f"target_ratio: got low {low}, high {high}, temperature {temperature}; needed 0 < low < 1 and the others positive")
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        raw = signal.x if signal.raw is None else signal.raw
+        raw = signal.before("target_ratio")
         key = segment_key(signal, batch, "group")
         stats = segment_stats(raw, key)
         distance = (raw - stats.rows(segment_medians(raw, key))) / stats.rows(stats.variance(ddof=ddof).sqrt() + eps)
@@ -109,10 +117,11 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
         target = torch.where(stats.rows(stats.is_flat()) | torch.isnan(raw), 1.0, target)
         return replace(signal, target=target[:, 0])
 
-    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated")
-    return pure(f"target_ratio({low:g}, {high:g}, temperature={temperature:g}, ddof={ddof}, eps={eps:g})", signature, apply)
+    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", adds="weights")
+    return pure(signature, apply)
 
 
+@stage
 def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, variant: Literal["vl", "llm"] = "vl", metric: int = 0) -> Stage:
     """Multiply by ``damping`` the groups in which the largest metric of the passes does not exceed the mean metric of the failures.
 
@@ -122,12 +131,12 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         variant: Without passes "vl" keeps 1 and "llm" damps; without failures it is the other way round.
         metric: Column of ``RewardBatch.metric``.
     """
-    if variant not in ("vl", "llm"):
-        raise ValueError(f"variant: got {variant!r}, needed 'vl' or 'llm'")
+    inside("damping", damping, 0.0, 1.0)
+    at_least("metric", metric, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         value = need_column(batch, "metric", metric, "damp_unless_elaborate")[signal.sample, None]
-        raw = signal.x if signal.raw is None else signal.raw
+        raw = signal.before("damp_unless_elaborate")
         key = segment_key(signal, batch, "group")
         passed = segment_stats(torch.where(raw > threshold, value, torch.nan), key)
         failed = segment_stats(torch.where(raw <= threshold, value, torch.nan), key)
@@ -136,8 +145,7 @@ def damp_unless_elaborate(damping: float = 0.1, *, threshold: float = 0.5, varia
         keep = torch.where(none_failed, variant == "llm", torch.where(none_passed, variant == "vl", elaborate))
         return replace(signal, x=torch.where(passed.rows(keep), signal.x, damping * signal.x))
 
-    name = f"damp_unless_elaborate({damping:g}, threshold={threshold:g}, variant={variant}, metric={metric})"
-    return pure(name, Signature(phase="centred | scaled | calibrated", rewards="one", magnitude="-> chosen"), apply, needs=("metric",))
+    return pure(Signature(phase="centred | scaled | calibrated", rewards="one", adds="groups"), apply, needs=("metric",))
 
 
 STAGES: Sequence[Callable[..., Stage]] = (clip, renormalise, sign, keep_side, to_probability, target_ratio, damp_unless_elaborate)

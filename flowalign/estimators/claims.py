@@ -8,7 +8,9 @@ Domain = Literal["any", "binary", "unit", "at_most_one", "non_negative"]
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """Invariances of a recipe, and what it works with.
+    """Invariances of a recipe with its default options, and what it works with.
+
+    They are about what training multiplies the gradient of a kept sample by: the advantage times the weight.
 
     Attributes:
         shift: Adding one constant to all rewards changes nothing.

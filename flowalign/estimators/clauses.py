@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segments import SegmentStats, segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 
 def clause_weights(rate: Tensor, valid: Tensor, *, alpha: float = 1.0, sigma: float = 0.1, delta: float = 1e-6) -> Tensor:
@@ -30,6 +31,7 @@ def clause_weights(rate: Tensor, valid: Tensor, *, alpha: float = 1.0, sigma: fl
     return torch.where(valid, weight, 0.0)
 
 
+@stage
 def clause_rewards(
     *, alpha: float = 1.0, sigma: float = 0.1, delta: float = 1e-6, prior: float = 0.0, rewards: Sequence[float] | None = None
 ) -> Stage:
@@ -44,6 +46,8 @@ def clause_rewards(
         prior: Passes and as many failures that are added to each pass rate; 1 is sensible for groups of at most 8.
         rewards: Weights of the rewards that the batch brings; at most one may differ from 0, since clauses replace it.
     """
+    for name, value in (("alpha", alpha), ("sigma", sigma), ("delta", delta), ("prior", prior)):
+        at_least(name, value, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         passed, valid = need(batch, "clauses", "clause_rewards"), need(batch, "clauses_valid", "clause_rewards")
@@ -66,9 +70,10 @@ def clause_rewards(
         x = torch.where(scored, torch.stack([strict, dense], 1), torch.nan)
         return replace(signal, x=x).note(strict=float(strict.mean()) if len(strict) else 0.0)
 
-    name = f"clause_rewards(alpha={alpha:g}, sigma={sigma:g}, delta={delta:g}, prior={prior:g})"
     return pure(
-        name, Signature(rewards="several", rows="sample", phase="reward", magnitude="-> chosen"), apply, needs=("clauses", "clauses_valid")
+        Signature(rewards="several", rows="sample", phase="reward", refuses=FACTORS, adds="shaped"),
+        apply,
+        needs=("clauses", "clauses_valid"),
     )
 
 

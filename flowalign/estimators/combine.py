@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 _COMPARED = "centred | scaled | calibrated"
 
@@ -39,6 +39,7 @@ def weighted_sum(table: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
+@stage
 def combine_rewards(weights: Sequence[float] | None = None) -> Stage:
     """Add the rewards up, weighted, before anything is compared.
 
@@ -52,9 +53,10 @@ def combine_rewards(weights: Sequence[float] | None = None) -> Stage:
         chosen = choose_weights(weights, signal.x.shape[1])
         return replace(signal, x=weighted_sum(signal.x, chosen)[:, None])
 
-    return pure(_named("combine_rewards", weights), Signature(rewards="several -> one", phase="reward"), apply)
+    return pure(Signature(rewards="several -> one", phase="reward", drops="rewards"), apply)
 
 
+@stage
 def combine_advantages(weights: Sequence[float] | None = None, *, missing: Literal["zero", "drop"] = "zero") -> Stage:
     """Add up what the rewards gave after they were compared one by one.
 
@@ -66,9 +68,10 @@ def combine_advantages(weights: Sequence[float] | None = None, *, missing: Liter
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return replace(signal, x=_add(signal.x, choose_weights(weights, signal.x.shape[1]), missing))
 
-    return pure(_named("combine_advantages", weights), Signature(rewards="several -> one", phase=_COMPARED, magnitude="-> chosen"), apply)
+    return pure(Signature(rewards="several -> one", phase=_COMPARED, drops="rewards"), apply)
 
 
+@stage
 def average_advantages(weights: Sequence[float] | None = None) -> Stage:
     """Average, weighted, what the rewards gave after they were compared one by one; a reward that a sample lacks counts as 0.
 
@@ -82,9 +85,10 @@ def average_advantages(weights: Sequence[float] | None = None) -> Stage:
             raise ValueError(f"reward_weights: got {chosen.tolist()}, needed a positive sum to average")
         return replace(signal, x=_add(signal.x, chosen / chosen.sum(), "zero"))
 
-    return pure(_named("average_advantages", weights), Signature(rewards="several -> one", phase=_COMPARED, magnitude="-> chosen"), apply)
+    return pure(Signature(rewards="several -> one", phase=_COMPARED, drops="rewards"), apply)
 
 
+@stage
 def combine_by_shortfall(weights: Sequence[float] | None = None, *, smoothing: float = 0.0) -> Stage:
     """Score each sample by the reward that falls furthest short of its best value so far: ``-max_k w_k (best_k - r_k)``.
 
@@ -113,8 +117,7 @@ def combine_by_shortfall(weights: Sequence[float] | None = None, *, smoothing: f
     def init() -> State:
         return {"best": torch.zeros(1, 0, dtype=torch.float64)}
 
-    name = _named("combine_by_shortfall", weights)
-    return Stage(name=name, signature=Signature(rewards="several -> one", phase="reward"), apply=apply, init=init)
+    return Stage(signature=Signature(rewards="several -> one", phase="reward", adds="shaped", drops="rewards"), apply=apply, init=init)
 
 
 def _add(x: Tensor, weights: Tensor, missing: str) -> Tensor:
@@ -124,10 +127,6 @@ def _add(x: Tensor, weights: Tensor, missing: str) -> Tensor:
         return terms.sum(1, keepdim=True)
     unknown = torch.isnan(terms)
     return torch.where(unknown.all(1, keepdim=True), torch.nan, torch.nan_to_num(terms).sum(1, keepdim=True))
-
-
-def _named(name: str, weights: Sequence[float] | None) -> str:
-    return name if weights is None else f"{name}({', '.join(map(str, weights))})"
 
 
 STAGES: Sequence[Callable[..., Stage]] = (combine_rewards, combine_advantages, average_advantages, combine_by_shortfall)

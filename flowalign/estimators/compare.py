@@ -2,29 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key
-from flowalign.estimators.kinds import Signature
-from flowalign.estimators.segments import segment_pairs, segment_stats
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.options import at_least
+from flowalign.estimators.segmentation import Segmentation, segment_key, segment_needs
+from flowalign.estimators.segments import segment_pairs, segment_stats, settle_ties
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 
+@stage
 def win_rate() -> Stage:
     """Replace each reward by the share of the other samples of the group that it beats; a tie counts half."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         key = segment_key(signal, batch, "group")
         left, right = segment_pairs(key)
-        gap = signal.x[left] - signal.x[right]
+        settled = settle_ties(signal.x, key)
+        gap = settled[left] - settled[right]
         won = torch.where(torch.isnan(gap), 0.0, torch.sign(gap) / 2 + 0.5)
         stats = segment_stats(signal.x, key)
         rate = torch.zeros_like(signal.x).index_add(0, left, won) / (stats.rows(stats.count) - 1).clamp(min=1)
         return replace(signal, x=torch.where(torch.isnan(signal.x), torch.nan, rate))
 
-    return pure("win_rate", Signature(phase="reward"), apply)
+    return pure(Signature(phase="reward", refuses=FACTORS, adds="shaped"), apply)
 
 
 def pareto_ranks(x: Tensor, key: Tensor, *, box: float = 0.0) -> Tensor:
@@ -41,7 +46,8 @@ def pareto_ranks(x: Tensor, key: Tensor, *, box: float = 0.0) -> Tensor:
         [0.0, 0.0, 0.0, 2.0, 1.0, 3.0]
     """
     # Boxes keep dominance transitive; a margin on each comparison would allow cycles.
-    cells = torch.floor(x / box) if box > 0 else x
+    settled = settle_ties(x, key)
+    cells = torch.floor(settled / box) if box > 0 else settled
     left, right = segment_pairs(key)
     better = (cells[left] >= cells[right]).all(1) & (cells[left] > cells[right]).any(1)
     left, right = left[better], right[better]
@@ -58,7 +64,8 @@ def pareto_ranks(x: Tensor, key: Tensor, *, box: float = 0.0) -> Tensor:
     return rank
 
 
-def pareto_rank(*, over: str = "group", box: float = 0.0, rewards: Sequence[float] | None = None) -> Stage:
+@stage
+def pareto_rank(*, over: Segmentation = "group", box: float = 0.0, rewards: Sequence[float] | None = None) -> Stage:
     """Replace several rewards by minus the number of the front that a sample lies on.
 
     Args:
@@ -66,6 +73,7 @@ def pareto_rank(*, over: str = "group", box: float = 0.0, rewards: Sequence[floa
         box: See ``pareto_ranks``.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    at_least("box", box, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         used = selected(rewards, signal.x.shape[1], "pareto_rank")
@@ -73,10 +81,11 @@ def pareto_rank(*, over: str = "group", box: float = 0.0, rewards: Sequence[floa
         fronts = float(ranks.nan_to_num().max()) + 1 if len(ranks) else 0.0
         return replace(signal, x=-ranks[:, None]).note(fronts=fronts)
 
-    return pure(f"pareto_rank(over={over}, box={box:g})", Signature(rewards="several -> one", phase="reward"), apply)
+    return pure(Signature(rewards="several -> one", phase="reward", refuses=FACTORS, adds="shaped"), apply, needs=segment_needs(over))
 
 
-def keep_front(*, over: str = "batch", box: float = 0.0, rewards: Sequence[float] | None = None) -> Stage:
+@stage
+def keep_front(*, over: Literal["batch", "group"] = "batch", box: float = 0.0, rewards: Sequence[float] | None = None) -> Stage:
     """Keep only the samples that no other sample dominates.
 
     Args:
@@ -84,15 +93,17 @@ def keep_front(*, over: str = "batch", box: float = 0.0, rewards: Sequence[float
         box: See ``pareto_ranks``.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    at_least("box", box, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         used = selected(rewards, batch.rewards.shape[1], "keep_front")
         key = batch.group_id if over == "group" else torch.zeros_like(batch.group_id)
         return replace(signal, keep=signal.keep & (pareto_ranks(batch.rewards[:, used], key, box=box) == 0))
 
-    return pure(f"keep_front(over={over}, box={box:g})", Signature(), apply)
+    return pure(Signature(), apply)
 
 
+@stage
 def hierarchy(
     order: Sequence[int] | None = None, *, margins: Sequence[float] | float = 0.0, rewards: Sequence[float] | None = None
 ) -> Stage:
@@ -106,6 +117,8 @@ def hierarchy(
         margins: One for all levels, or one for each.
         rewards: 1 for rewards that count and 0 for those that are only logged; None for all.
     """
+    for margin in [margins] if isinstance(margins, float) else margins:
+        at_least("margins", margin, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         levels = _levels(order, rewards, signal.x.shape[1])
@@ -113,7 +126,7 @@ def hierarchy(
         if len(sizes) != len(levels):
             raise ValueError(f"margins: got {len(sizes)} for {len(levels)} levels, needed one number, or one each")
         key = segment_key(signal, batch, "group")
-        complete = torch.where(torch.isnan(signal.x[:, levels]).any(1, keepdim=True), torch.nan, signal.x[:, levels])
+        complete = torch.where(torch.isnan(signal.x[:, levels]).any(1, keepdim=True), torch.nan, settle_ties(signal.x[:, levels], key))
         stats = segment_stats(complete, key)
         std = stats.rows(stats.variance(ddof=0).sqrt() * torch.tensor(sizes, dtype=torch.float64))
         left, right = segment_pairs(key)
@@ -126,8 +139,7 @@ def hierarchy(
         score = score / (stats.rows(stats.count)[:, 0] - 1).clamp(min=1)
         return replace(signal, x=torch.where(torch.isnan(complete[:, 0]), torch.nan, score)[:, None])
 
-    shown = "as given" if order is None else "-".join(map(str, order))
-    return pure(f"hierarchy(order={shown}, margins={margins})", Signature(rewards="several -> one", phase="reward"), apply)
+    return pure(Signature(rewards="several -> one", phase="reward", refuses=FACTORS, adds="shaped"), apply)
 
 
 def selected(rewards: Sequence[float] | None, num: int, stage: str) -> list[int]:

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key
 from flowalign.estimators.combine import choose_weights, weighted_sum
-from flowalign.estimators.kinds import Signature
-from flowalign.estimators.links import link
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.links import LARGEST_LOG_RATIO, link
 from flowalign.estimators.needs import need
+from flowalign.estimators.options import at_least, inside
+from flowalign.estimators.segmentation import segment_key
 from flowalign.estimators.segments import RTOL, segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
-_COMPARED_STEPS = Signature(rows="sample -> step", rewards="several -> one", phase="reward -> centred")
+_COMPARED_STEPS = Signature(rows="sample -> step", rewards="several -> one", phase="reward -> centred", refuses=f"{FACTORS} | shaped")
 
 
+@stage
 def broadcast_steps() -> Stage:
     """Give every trained step of a sample the sample's advantage."""
 
@@ -25,13 +28,19 @@ def broadcast_steps() -> Stage:
         steps = batch.num_steps
         spread = {
             name: _spread(value, steps)
-            for name, value in (("x", signal.x), ("sample", signal.sample), ("weight", signal.weight), ("target", signal.target))
+            for name, value in (
+                ("x", signal.x),
+                ("raw", signal.raw),
+                ("sample", signal.sample),
+                ("weight", signal.weight),
+                ("target", signal.target),
+            )
             if value is not None
         }
         step = torch.arange(steps).expand(len(signal.sample), -1).reshape(-1)
-        return replace(signal, **spread, step=step, raw=None)  # type: ignore[arg-type]
+        return replace(signal, **spread, step=step)  # type: ignore[arg-type]
 
-    return replace(pure("broadcast_steps", Signature(rows="sample -> step", rewards="one"), apply), spreads=True)
+    return replace(pure(Signature(rows="sample -> step", rewards="one"), apply), spreads=True)
 
 
 def _spread(value: Tensor, steps: int) -> Tensor:
@@ -62,19 +71,26 @@ def _combined(table: Tensor, weights: Sequence[float] | None) -> Tensor:
     return weighted_sum(table, choose_weights(weights, table.shape[-1]))
 
 
+@stage
 def take_step_rewards() -> Stage:
     """Go on with the rewards of the trained steps instead of those of the samples."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return to_steps(signal, batch, need(batch, "step_rewards", "take_step_rewards"))
 
-    return pure("take_step_rewards", Signature(rows="sample -> step", phase="reward"), apply, needs=("step_rewards", "step_judge"))
+    return pure(
+        Signature(rows="sample -> step", rewards="several", phase="reward", refuses=f"{FACTORS} | shaped"),
+        apply,
+        needs=("step_rewards", "step_judge"),
+    )
 
 
+@stage
 def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: float = 0.5) -> Stage:
     """Turn log ratios of the steps, log teacher - log policy, into rewards: ``-beta f'(u)`` with ``u = policy / teacher``.
 
     With ``reverse_kl`` that is beta times the log ratio, less a constant: what a teacher's preference for a transition is worth.
+    Log ratios are clamped to +-30.
 
     Args:
         divergence: Which ``f'``, see ``links.link``.
@@ -87,11 +103,13 @@ def link_steps(divergence: str = "reverse_kl", *, beta: float = 1.0, alpha: floa
     link(divergence, torch.zeros(1), alpha=alpha)  # refuse a wrong name when the chain is built
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        return replace(signal, x=-beta * link(divergence, -signal.x, alpha=alpha))
+        # Log ratios summed over a latent may be hundreds, whose exp would overflow.
+        return replace(signal, x=-beta * link(divergence, -signal.x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO), alpha=alpha))
 
-    return pure(f"link_steps({divergence}, beta={beta:g})", Signature(rows="step", phase="reward"), apply)
+    return pure(Signature(rows="step", phase="reward", adds="shaped"), apply)
 
 
+@stage
 def reward_to_go(*, discount: float = 1.0, divide: Literal["none", "remaining"] = "none") -> Stage:
     """Give every step the sum of what its own and all later trained steps got.
 
@@ -99,22 +117,23 @@ def reward_to_go(*, discount: float = 1.0, divide: Literal["none", "remaining"] 
         discount: Factor per trained step.
         divide: By the number of steps that are summed, so that early steps do not weigh more.
     """
-    if not 0 <= discount <= 1 or divide not in ("none", "remaining"):
-        raise ValueError(
-            f"reward_to_go: got discount {discount} and divide {divide!r}, needed a discount in [0, 1] and 'none' or 'remaining'"
-        )
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount: got {discount}, needed a factor in [0, 1]")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         num, steps, width = len(batch.rewards), batch.num_steps, signal.x.shape[1]
         place = signal.sample * steps + signal.step
         table = torch.zeros(num * steps, width, dtype=torch.float64).index_copy(0, place, signal.x).view(num, steps, width)
         there = torch.zeros(num * steps, dtype=torch.float64).index_fill(0, place, 1.0).view(num, steps)
+        if batch.step_mask is not None:  # rows may have been spread over steps that are not trained
+            there = there * batch.step_mask
+            table = torch.where(there[..., None] > 0, table, 0.0)
         returns = _returns(table, there, discount).view(-1, width).index_select(0, place)
         if divide == "remaining":
-            returns = returns / there.flip(1).cumsum(1).flip(1).view(-1, 1).index_select(0, place)
+            returns = returns / there.flip(1).cumsum(1).flip(1).clamp(min=1).view(-1, 1).index_select(0, place)
         return replace(signal, x=returns, raw=None)
 
-    return pure(f"reward_to_go(discount={discount:g}, divide={divide})", Signature(rows="step"), apply)
+    return pure(Signature(rows="step"), apply)
 
 
 def _returns(table: Tensor, there: Tensor, discount: float) -> Tensor:
@@ -128,6 +147,7 @@ def _returns(table: Tensor, there: Tensor, discount: float) -> Tensor:
     return returns
 
 
+@stage
 def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: float = 1.0, discount: float = 0.95) -> Stage:
     """Add to each sample's comparison within its group a comparison of its steps with those that start from the same state.
 
@@ -139,6 +159,8 @@ def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: 
         weight: Of the comparison between steps.
         discount: Factor per trained step.
     """
+    at_least("weight", weight, 0.0)
+    inside("discount", discount, 0.0, 1.0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         need(batch, "anchor_id", "two_level_anchors")
@@ -154,7 +176,7 @@ def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: 
         episode = _centred(final[:, None], batch.group)[rows.sample]
         return replace(rows, x=episode + weight * _centred(rows.x, segment_key(rows, batch, "anchor")))
 
-    return pure(f"two_level_anchors(weight={weight:g}, discount={discount:g})", _COMPARED_STEPS, apply, needs=("anchor_id",))
+    return pure(_COMPARED_STEPS, apply, needs=("anchor_id",))
 
 
 def _centred(x: Tensor, key: Tensor) -> Tensor:
@@ -183,6 +205,7 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(same, 0.0, after - before)
 
 
+@stage
 def chain_differences(reward_weights: Sequence[float] | None = None) -> Stage:
     """Give every step what it changed: the value of the state after it minus that of the state before it.
 
@@ -202,9 +225,10 @@ def chain_differences(reward_weights: Sequence[float] | None = None) -> Stage:
             after[:, back] = torch.where(torch.isnan(after[:, back]), after[:, back + 1], after[:, back])
         return to_steps(signal, batch, change(before, after)[..., None])
 
-    return pure("chain_differences", _COMPARED_STEPS, apply, needs=("step_rewards",))
+    return pure(_COMPARED_STEPS, apply, needs=("step_rewards",))
 
 
+@stage
 def subtract_critic(reward_weights: Sequence[float] | None = None) -> Stage:
     """Give every step the final reward minus a critic's value of the state that the step starts from (``step_rewards``).
 
@@ -216,7 +240,7 @@ def subtract_critic(reward_weights: Sequence[float] | None = None) -> Stage:
         values = state_values(signal, batch, reward_weights, "subtract_critic")
         return to_steps(signal, batch, change(values[:, :-1], values[:, -1:].expand(-1, batch.num_steps))[..., None])
 
-    return pure("subtract_critic", _COMPARED_STEPS, apply, needs=("step_rewards",))
+    return pure(_COMPARED_STEPS, apply, needs=("step_rewards",))
 
 
 STAGES = (broadcast_steps, take_step_rewards, link_steps, reward_to_go, two_level_anchors, chain_differences, subtract_critic)

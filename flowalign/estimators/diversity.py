@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, scored_samples
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need_column
+from flowalign.estimators.options import at_least
 from flowalign.estimators.segments import SegmentStats, segment_stats
+from flowalign.estimators.signals import Signal, Stage, State, pure, scored_samples, stage
 
 Curve = Literal["inverse", "linear", "exponential"]
 
@@ -89,6 +90,7 @@ def diversity_curve(loss: Tensor, curve: Curve, strength: float) -> Tensor:
     return torch.where(known, weight, 1.0)
 
 
+@stage
 def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metric: int = 0) -> Stage:
     """Take weight from samples whose advantage would cost the group diversity.
 
@@ -100,8 +102,6 @@ def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metri
         strength: Of the curve.
         metric: Column of ``RewardBatch.metric`` with the novelty.
     """
-    if curve not in ("inverse", "linear", "exponential"):
-        raise ValueError(f"curve: got {curve!r}, needed 'inverse', 'linear' or 'exponential'")
     if strength < 0 or (curve != "inverse" and strength >= 1):
         raise ValueError(f"strength: got {strength}, needed at least 0, and below 1 for linear and exponential curves")
 
@@ -113,8 +113,8 @@ def weigh_by_diversity(curve: Curve = "inverse", *, strength: float = 1.0, metri
         weight = diversity_curve(-signal.x[:, 0] * relative[signal.sample], curve, strength)
         return replace(signal, weight=signal.weight * weight).note(diversity=float(stats.mean.nanmean()) if len(stats.mean) else 0.0)
 
-    signature = Signature(rows="sample | step", rewards="one", phase="centred | scaled | calibrated")
-    return pure(f"weigh_by_diversity(curve={curve}, strength={strength:g})", signature, apply, needs=("metric",))
+    signature = Signature(rows="sample | step", rewards="one", phase="centred | scaled | calibrated", adds="weights")
+    return pure(signature, apply, needs=("metric",))
 
 
 def anneal(step: int, num_steps: int) -> float:
@@ -128,6 +128,7 @@ def anneal(step: int, num_steps: int) -> float:
     return float(0.8 + 0.2 * exponent[0]) if share <= 0.5 else float(0.8 * exponent[1])
 
 
+@stage
 def keep_diversity_in_band(
     *, low: float = 0.8, high: float = 1.2, strength: float = 0.1, metric: int = 0, anneal_steps: int | None = None
 ) -> Stage:
@@ -145,6 +146,9 @@ def keep_diversity_in_band(
     """
     if not 0 <= low <= 1 <= high:
         raise ValueError(f"band: got {low} to {high}, needed 0 <= low <= 1 <= high")
+    at_least("strength", strength, 0.0)
+    if anneal_steps is not None:
+        at_least("anneal_steps", anneal_steps, 1)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         values, stats = novelty(signal, batch, metric, "keep_diversity_in_band")
@@ -161,8 +165,7 @@ def keep_diversity_in_band(
         return replace(signal, x=shaped).note(diversity=usual, outside_band=outside), after
 
     return Stage(
-        name=f"keep_diversity_in_band(low={low:g}, high={high:g}, strength={strength:g})",
-        signature=Signature(rows="sample", rewards="one", phase="reward"),
+        signature=Signature(rows="sample", rewards="one", phase="reward", adds="shaped"),
         apply=apply,
         init=lambda: {"step": 0, "groups": 0, "total": 0.0},
         needs=("metric",),

@@ -25,6 +25,8 @@ LINKS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
 )
 """``f'`` as a function of ``log u``, by name; only ``alpha`` reads its second argument."""
 
+LARGEST_LOG_RATIO = 30.0
+
 
 def link(divergence: str, log_ratio: Tensor, *, alpha: float = 0.5) -> Tensor:
     """Return ``f'(u)`` with ``log u = log_ratio``.
@@ -64,7 +66,13 @@ def link(divergence: str, log_ratio: Tensor, *, alpha: float = 0.5) -> Tensor:
 
 
 def preference_margin(
-    divergence: str, log_ratio_winner: Tensor, log_ratio_loser: Tensor, *, beta: float, alpha: float = 0.5, largest: float = 30.0
+    divergence: str,
+    log_ratio_winner: Tensor,
+    log_ratio_loser: Tensor,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    largest: float = LARGEST_LOG_RATIO,
 ) -> Tensor:
     """Return ``beta * (f'(u_winner) - f'(u_loser))``, the logit of f-DPO; u is policy over reference.
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, segment_key
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_column
-from flowalign.estimators.segments import segment_pairs, segment_ranks, segment_starts, segment_stats
+from flowalign.estimators.segmentation import segment_key
+from flowalign.estimators.segments import segment_pairs, segment_ranks, segment_starts, segment_stats, settle_ties
 from flowalign.estimators.shape import mean_log_prob
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ def select_pairs(
         ([2], [0])
     """
     order = torch.argsort(sample_uid)
-    x, key = rewards.to(torch.float64)[order][:, None], group_id[order]
+    key = group_id[order]
+    x = settle_ties(rewards.to(torch.float64)[order][:, None], key)
     stats = segment_stats(x, key)
     if rule == "best_worst":
         groups = stats.index[segment_starts(stats.index)]
@@ -79,6 +81,7 @@ def _row_of_rank_zero(rank: Tensor, index: Tensor) -> Tensor:
     return torch.full((num,), -1, dtype=torch.int64).index_put((index[first],), first)
 
 
+@stage
 def best_against_worst(*, margin: float = 0.0) -> Stage:
     """Give the best sample of each group 1, the worst -1 and the others 0; groups without a pair get 0.
 
@@ -92,10 +95,11 @@ def best_against_worst(*, margin: float = 0.0) -> Stage:
         x[pairs.winner], x[pairs.loser] = 1.0, -1.0
         return replace(signal, x=x, raw=signal.x).note(pairs=float(len(pairs.gap)))
 
-    signature = Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="-> chosen")
-    return pure(f"best_against_worst(margin={margin:g})", signature, apply)
+    signature = Signature(rows="sample", rewards="one", phase="reward -> calibrated", refuses=FACTORS)
+    return pure(signature, apply)
 
 
+@stage
 def best_over_second() -> Stage:
     """Give the best sample of each group its lead over the second best, and the others 0."""
 
@@ -108,9 +112,10 @@ def best_over_second() -> Stage:
         flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
         return replace(signal, x=torch.where(flat, 0.0, lead), raw=signal.x)
 
-    return pure("best_over_second", Signature(rows="sample", phase="reward -> centred"), apply)
+    return pure(Signature(rows="sample", phase="reward -> centred"), apply)
 
 
+@stage
 def decouple_outcomes(*, temperature: float = 10.0, sharpness: float = 0.1, metric: int = 0) -> Stage:
     """Share +1 among the samples of a group that pass and -1 among those that fail.
 
@@ -143,10 +148,8 @@ def decouple_outcomes(*, temperature: float = 10.0, sharpness: float = 0.1, metr
         x = torch.where(torch.isnan(signal.x), torch.nan, x)
         return replace(signal, x=x, raw=signal.x, keep=signal.keep & mixed[:, 0])
 
-    name = f"decouple_outcomes(temperature={temperature:g}, sharpness={sharpness:g}, metric={metric})"
     return pure(
-        name,
-        Signature(rows="sample", rewards="one", phase="reward -> calibrated", magnitude="-> chosen"),
+        Signature(rows="sample", rewards="one", phase="reward -> calibrated", refuses=FACTORS),
         apply,
         needs=("metric", "log_prob"),
     )

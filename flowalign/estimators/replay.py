@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State
 from flowalign.estimators.kinds import Signature
+from flowalign.estimators.options import at_least
+from flowalign.estimators.signals import Signal, Stage, State, stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ def priorities(advantage: Tensor, *, alpha: float = 1.0) -> Tensor:
     return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
 
 
+@stage
 def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> Stage:
     """Remember the samples with an advantage; advantages themselves pass unchanged. State: the buffer.
 
@@ -51,6 +53,7 @@ def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> S
     """
     if capacity < 1 or max_age < 1:
         raise ValueError(f"remember: got capacity {capacity} and max_age {max_age}, needed at least 1 each")
+    at_least("alpha", alpha, 0.0)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         x = torch.nan_to_num(signal.x[:, 0])
@@ -71,7 +74,7 @@ def remember(capacity: int = 1024, *, max_age: int = 3, alpha: float = 1.0) -> S
         return {"uid": empty, "group": empty, "advantage": torch.zeros(0, dtype=torch.float64), "age": empty, "alpha": alpha}
 
     signature = Signature(rows="sample", rewards="one", phase="centred | scaled | calibrated")
-    return Stage(name=f"remember({capacity}, max_age={max_age}, alpha={alpha:g})", signature=signature, apply=apply, init=init)
+    return Stage(signature=signature, apply=apply, init=init)
 
 
 def draw(state: Mapping[str, Mapping[str, Any]], num: int, *, seed: int) -> Replayed:

@@ -9,13 +9,25 @@ from torch import Tensor
 
 from flowalign.estimators.baseline import with_virtual
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, statistics
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.options import at_least
+from flowalign.estimators.segmentation import Segmentation, segment_needs, statistics
 from flowalign.estimators.segments import segment_starts, segment_stats
+from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 Rule = Literal["add", "floor", "rsqrt"]
 
-_SIGNATURE = Signature(phase="centred -> scaled", magnitude="free")
+_SIGNATURE = Signature(phase="centred -> scaled", refuses=FACTORS)
+
+
+def refuse_divisor(*, ddof: int, eps: float) -> None:
+    """Refuse what no standard deviation can be divided with, when a chain is built.
+
+    Raises:
+        ValueError: If ``ddof`` is negative, or ``eps``, which would turn signs around.
+    """
+    at_least("ddof", ddof, 0)
+    at_least("eps", eps, 0.0)
 
 
 def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
@@ -26,21 +38,20 @@ def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
         eps: Keeps the quotient finite ...
         rule: ... added to the std ("add"), as its least value ("floor"), or added to the variance ("rsqrt").
     """
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, needed a number of at least 0 (a negative one turns signs around)")
-    if rule not in ("add", "floor", "rsqrt"):
-        raise ValueError(f"rule: got {rule!r}, needed 'add', 'floor' or 'rsqrt'")
     if rule == "add":
         return variance.sqrt() + eps
     return variance.sqrt().clamp(min=eps) if rule == "floor" else (variance + eps).sqrt()
 
 
 def quotient(x: Tensor, by: Tensor) -> Tensor:
-    """Divide; 0 stays 0 even where the divisor is 0, as it may be with eps 0."""
-    return torch.where(x == 0, x, x / by)
+    """Divide; by 0, as it may be with eps 0, gives 0: what has no spread has no contrast."""
+    return torch.where((x == 0) | (by == 0), torch.where(torch.isnan(x), x, 0.0), x / by)
 
 
-def scale_by_std(over: str = "group", *, of: Literal["raw", "residual"] = "raw", ddof: int, eps: float, rule: Rule = "add") -> Stage:
+@stage
+def scale_by_std(
+    over: Segmentation = "group", *, of: Literal["raw", "residual"] = "raw", ddof: int, eps: float, rule: Rule = "add"
+) -> Stage:
     """Divide by a standard deviation.
 
     Args:
@@ -50,25 +61,29 @@ def scale_by_std(over: str = "group", *, of: Literal["raw", "residual"] = "raw",
         eps: Keeps the quotient finite ...
         rule: ... added to the std ("add"), as its least value ("floor"), or added to the variance ("rsqrt").
     """
-    divisor(torch.zeros(0), eps=eps, rule=rule)  # refuse a wrong rule when the chain is built
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else signal.raw)
+        signal, stats = statistics(signal, batch, over, signal.x if of == "residual" else signal.before("scale_by_std(of=raw)"))
         variance = stats.variance(ddof=ddof)
         by = stats.rows(divisor(variance, eps=eps, rule=rule))
         return replace(signal, x=quotient(signal.x, by)).note(std=float(variance.sqrt().mean()) if variance.numel() else 0.0)
 
-    return pure(f"scale_by_std(over={over}, of={of}, ddof={ddof}, eps={eps:g}, rule={rule})", _SIGNATURE, apply)
+    # A std over all samples is one factor for all groups: what was weighed between them survives.
+    signature = replace(_SIGNATURE, refuses="rewards | common") if over == "batch" else _SIGNATURE
+    return pure(signature, apply, needs=segment_needs(over))
 
 
+@stage
 def scale_by_constant(value: float) -> Stage:
     """Divide by a number that is known beforehand, such as the range of a bounded reward."""
     if not value > 0:
         raise ValueError(f"scale_by_constant: got {value}, needed a positive number")
-    signature = Signature(phase="centred -> scaled")
-    return pure(f"scale_by_constant({value:g})", signature, lambda signal, batch: replace(signal, x=signal.x / value))
+    signature = Signature(phase="centred -> scaled", adds="common")
+    return pure(signature, lambda signal, batch: replace(signal, x=signal.x / value))
 
 
+@stage
 def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: float) -> Stage:
     """Divide by the standard deviation of the group and of ``num`` virtual samples that got ``value``.
 
@@ -78,27 +93,29 @@ def scale_with_virtual(value: float = 1.0, *, num: int = 1, ddof: int, eps: floa
         ddof: Delta degrees of freedom, of the augmented group.
         eps: Added to the standard deviation.
     """
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_with_virtual"))
         m2 = with_virtual(stats, value, num)[1] if num else stats.m2
         std = (m2 / (stats.count + num - ddof).clamp(min=1)).sqrt()
         return replace(signal, x=quotient(signal.x, stats.rows(std + eps)))
 
-    return pure(f"scale_with_virtual({value:g}, num={num}, ddof={ddof}, eps={eps:g})", _SIGNATURE, apply)
+    return pure(_SIGNATURE, apply)
 
 
+@stage
 def scale_by_contrast() -> Stage:
     """Multiply by the share's inverse of the samples whose group has any contrast, so that flat groups do not shrink the mean gradient."""
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_by_contrast"))
         known = ~torch.isnan(signal.x)
         lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
         factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
         return replace(signal, x=signal.x * factor).note(contrast=float((1 / factor.clamp(min=1)).mean()))
 
-    return pure("scale_by_contrast", Signature(phase="centred -> scaled"), apply)
+    return pure(Signature(phase="centred -> scaled", adds="common"), apply)
 
 
 def beta_shape(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +130,7 @@ def beta_shape(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return parameters[0], parameters[1]
 
 
+@stage
 def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Stage:
     """Divide by the density at each group's pass rate of a Beta distribution that follows the pass rates of the prompts.
 
@@ -126,7 +144,7 @@ def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Sta
         raise ValueError(f"momentum: got {momentum}, needed a number in [0, 1)")
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
-        signal, stats = statistics(signal, batch, "group", signal.raw)
+        signal, stats = statistics(signal, batch, "group", signal.before("scale_by_beta_density"))
         rate = torch.where(stats.count > 0, stats.mean, torch.nan)
         # In the order of the first sample, so that the values of the ids do not decide the last bit.
         prompts = stats.rows(rate)[segment_starts(stats.index)]
@@ -143,7 +161,7 @@ def scale_by_beta_density(*, momentum: float = 0.0, largest: float = 1e6) -> Sta
         empty = torch.zeros(0, 0, dtype=torch.float64)
         return {"mean": empty, "square": empty}
 
-    return Stage(name=f"scale_by_beta_density(momentum={momentum:g})", signature=_SIGNATURE, apply=apply, init=init)
+    return Stage(signature=_SIGNATURE, apply=apply, init=init)
 
 
 def _moving(mean: Tensor, square: Tensor, state: State, momentum: float) -> tuple[Tensor, Tensor]:

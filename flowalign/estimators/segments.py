@@ -42,7 +42,8 @@ class SegmentStats:
         turn rounding into advantages of order 1. Segments of fewer than two values are flat.
         """
         size = torch.maximum(self.minimum.abs(), self.maximum.abs())
-        return (self.maximum - self.minimum <= atol + rtol * size) | (self.count < 2)
+        spread = self.maximum - self.minimum
+        return ((spread <= atol + rtol * size) & torch.isfinite(spread)) | (self.count < 2)
 
     def rows(self, per_segment: Tensor) -> Tensor:
         """Spread one value per segment over the rows of the segment."""
@@ -85,6 +86,20 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *
     return SegmentStats(index=index, count=count, mean=mean, m2=m2.clamp(min=0), minimum=low, maximum=high)
 
 
+def flat_segments(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *, num: int) -> Bool[Tensor, "segments rewards"]:
+    """Tell which segments have no contrast, as ``SegmentStats.is_flat`` does, from their extremes alone.
+
+    Args:
+        x: Values; NaN is left out.
+        key: Segment of each row, numbered from 0 without a gap.
+        num: Number of segments.
+    """
+    size = torch.bincount(key, minlength=num)[:, None].to(x.dtype)
+    low = _extremes(torch.where(torch.isnan(x), torch.inf, x), key, size, "min")
+    high = _extremes(torch.where(torch.isnan(x), -torch.inf, x), key, size, "max")
+    return high - low <= RTOL * torch.maximum(low.abs(), high.abs())  # nothing scored: -inf; one value: 0
+
+
 def segment_ranks(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> Float[Tensor, "rows rewards"]:
     """Number the values of each segment upwards from 0.
 
@@ -107,6 +122,31 @@ def segment_ranks(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -
     position = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(order)
     place = torch.empty_like(order).scatter(0, order, position) - start[index][:, None]
     return torch.where(torch.isnan(x), torch.nan, place.to(x.dtype))
+
+
+def settle_ties(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> Float[Tensor, "rows rewards"]:
+    """Make values of a segment equal that differ by rounding only, so that comparing them does not turn noise into order.
+
+    Neighbours in size within ``RTOL`` of each other become the smallest of their run: equality stays transitive.
+
+    Args:
+        x: Values; NaN stays NaN.
+        key: Rows with equal keys form a segment.
+
+    Examples:
+        >>> x = torch.tensor([[1.0], [0.3], [0.1 + 0.2], [0.3]], dtype=torch.float64)
+        >>> settle_ties(x, torch.tensor([0, 0, 0, 1])).flatten().tolist()
+        [1.0, 0.3, 0.3, 0.3]
+    """
+    index, num = compact(key)
+    order, _ = _sort(x, index, num)
+    ordered, segment = x.gather(0, order), index[order]
+    low, high = ordered[:-1], ordered[1:]
+    near = (high - low <= RTOL * torch.maximum(low.abs(), high.abs())) & (segment[1:] == segment[:-1])
+    first = torch.cat([torch.ones_like(near[:1]), ~near]) if len(x) else torch.zeros_like(x, dtype=torch.bool)
+    row = torch.arange(len(x), device=x.device)[:, None].expand_as(order)
+    start = torch.where(first, row, 0).cummax(0).values
+    return torch.empty_like(x).scatter(0, order, ordered.gather(0, start))
 
 
 def segment_medians(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> Float[Tensor, "segments rewards"]:

@@ -3,22 +3,25 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, State, pure, segment_key
 from flowalign.estimators.combine import choose_weights
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.links import FLink, link
 from flowalign.estimators.needs import need, need_column
+from flowalign.estimators.options import at_least, inside, positive
+from flowalign.estimators.segmentation import segment_key
 from flowalign.estimators.segments import segment_ranks, segment_stats
+from flowalign.estimators.signals import Signal, Stage, State, pure, stage
 
 _ROUNDING = 1e-6  # float32 rewards may miss the end of their range by rounding
 
-Bounds = float | Sequence[float]
+Limit = Annotated[float, math.inf, -math.inf]
+Bounds = Limit | Sequence[Limit]
 
 
 def refuse_outside(x: Tensor, low: Bounds, high: Bounds, batch: RewardBatch, stage: str) -> None:
@@ -40,6 +43,7 @@ def refuse_outside(x: Tensor, low: Bounds, high: Bounds, batch: RewardBatch, sta
         )
 
 
+@stage
 def check_range(low: Bounds = -math.inf, high: Bounds = math.inf, *, recipe: str = "check_range") -> Stage:
     """Refuse rewards outside a declared range, and change nothing.
 
@@ -53,9 +57,10 @@ def check_range(low: Bounds = -math.inf, high: Bounds = math.inf, *, recipe: str
         refuse_outside(signal.x, low, high, batch, recipe)
         return signal
 
-    return pure(f"check_range({low}, {high})", Signature(phase="reward"), apply)
+    return pure(Signature(phase="reward"), apply)
 
 
+@stage
 def check_binary(*, recipe: str = "check_binary") -> Stage:
     """Refuse rewards that are not 0 or 1; what is within rounding of them becomes exactly 0 or 1."""
 
@@ -70,9 +75,10 @@ def check_binary(*, recipe: str = "check_binary") -> Stage:
             )
         return replace(signal, x=nearest)
 
-    return pure("check_binary", Signature(phase="reward"), apply)
+    return pure(Signature(phase="reward"), apply)
 
 
+@stage
 def affine(low: Bounds = 0.0, high: Bounds = 1.0, *, recipe: str = "affine") -> Stage:
     """Map rewards from their declared range to [0, 1], refusing those outside.
 
@@ -89,50 +95,55 @@ def affine(low: Bounds = 0.0, high: Bounds = 1.0, *, recipe: str = "affine") -> 
         refuse_outside(signal.x, low, high, batch, recipe)
         return replace(signal, x=((signal.x - least) / (most - least)).clamp(0, 1))
 
-    return pure(f"affine({low}, {high})", Signature(phase="reward"), apply)
+    return pure(Signature(phase="reward", adds="shaped"), apply)
 
 
+@stage
 def clip_rewards(low: Bounds = 0.0, high: Bounds = 1.0) -> Stage:
     """Clip rewards into a range, for scores that only sometimes leave it."""
     least, most = torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
-    signature = Signature(phase="reward")
-    return pure(f"clip_rewards({low}, {high})", signature, lambda signal, batch: replace(signal, x=signal.x.clamp(least, most)))
+    signature = Signature(phase="reward", adds="shaped")
+    return pure(signature, lambda signal, batch: replace(signal, x=signal.x.clamp(least, most)))
 
 
+@stage
 def signed_outcome(positive: float = 1.0, negative: float = 1.0) -> Stage:
     """Map a binary reward to ``+positive`` and ``-negative``; a standard deviation after it would undo the sizes."""
     if not (positive > 0 and negative > 0):
         raise ValueError(f"signed_outcome: got {positive} and {negative}, needed two positive sizes")
-    signature = Signature(phase="reward", magnitude="-> chosen")
+    signature = Signature(phase="reward", adds="common | shaped")
     return pure(
-        f"signed_outcome({positive:g}, {negative:g})",
         signature,
         lambda signal, batch: replace(signal, x=signal.x * (positive + negative) - negative),
     )
 
 
+@stage
 def weigh_rewards(weights: Sequence[float]) -> Stage:
     """Multiply each reward by a number; a standard deviation of each reward after it would undo that, and is refused."""
-    signature = Signature(phase="reward", rewards="several", magnitude="-> chosen")
+    signature = Signature(phase="reward", rewards="several", adds="rewards | shaped")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         return replace(signal, x=signal.x * choose_weights(weights, signal.x.shape[1]))
 
-    return pure(f"weigh_rewards({', '.join(map(str, weights))})", signature, apply)
+    return pure(signature, apply)
 
 
-def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] | None = None, metric: int = 0) -> Stage:
+@stage
+def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] = "metric", metric: int = 0) -> Stage:
     """Reduce the rewards of usual samples: ``r * (1 - beta * rank / K)``, rank 0 for the most novel of the group.
 
     Args:
         beta: Share that the most usual sample nearly loses.
-        by: Novelty is a column of ``RewardBatch.metric`` (higher is more novel), or a low log-prob; None for the metric if there is one.
+        by: Novelty is a column of ``RewardBatch.metric`` (higher is more novel), or a low log-prob.
         metric: Column of the metric.
     """
+    inside("beta", beta, 0.0, 1.0)
+    at_least("metric", metric, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         refuse_outside(signal.x, 0.0, math.inf, batch, "novelty_rank")
-        if by == "log_prob" or (by is None and batch.metric is None and batch.log_prob is not None):
+        if by == "log_prob":
             usual = mean_log_prob(batch, "novelty_rank")
         else:
             usual = -need_column(batch, "metric", metric, "novelty_rank")
@@ -141,9 +152,7 @@ def novelty_rank(beta: float = 0.25, *, by: Literal["metric", "log_prob"] | None
         stats = segment_stats(signal.x, key)
         return replace(signal, x=signal.x * (1 - beta * rank / stats.rows(stats.count)))
 
-    return pure(
-        f"novelty_rank(beta={beta:g}, by={by or 'what there is'})", Signature(phase="reward", rewards="one"), apply, needs=(by or "metric",)
-    )
+    return pure(Signature(phase="reward", rewards="one", adds="shaped"), apply, needs=(by,))
 
 
 def mean_log_prob(batch: RewardBatch, stage: str) -> Tensor:
@@ -161,6 +170,7 @@ def mean_log_prob(batch: RewardBatch, stage: str) -> Tensor:
     return mean
 
 
+@stage
 def trust_gate(weights: Sequence[float] | None = None, *, scale: float = 0.3, decay_steps: float = 500.0) -> Stage:
     """Add a learned reward to a verifiable one as far as it can be trusted: ``o + scale * exp(-step / decay_steps) * gamma * think``.
 
@@ -173,6 +183,8 @@ def trust_gate(weights: Sequence[float] | None = None, *, scale: float = 0.3, de
         scale: Factor of the learned reward.
         decay_steps: Steps after which that factor has fallen by ``e``.
     """
+    at_least("scale", scale, 0.0)
+    positive("decay_steps", decay_steps)
 
     def apply(signal: Signal, batch: RewardBatch, state: State) -> tuple[Signal, State]:
         if signal.x.shape[1] != 2:
@@ -190,11 +202,11 @@ def trust_gate(weights: Sequence[float] | None = None, *, scale: float = 0.3, de
         x = outcome * chosen[0] + stats.rows(factor) * think * chosen[1]
         return replace(signal, x=x).note(trust=float(gamma.mean()) if len(gamma) else 1.0), {"step": int(state["step"]) + 1}
 
-    signature = Signature(phase="reward", rewards="several -> one")
-    name = f"trust_gate(scale={scale:g}, decay_steps={decay_steps:g})"
-    return Stage(name=name, signature=signature, apply=apply, init=lambda: {"step": 0})
+    signature = Signature(phase="reward", rewards="several -> one", adds="shaped", drops="rewards")
+    return Stage(signature=signature, apply=apply, init=lambda: {"step": 0})
 
 
+@stage
 def f_link(divergence: FLink = "reverse_kl", *, temperature: float = 1.0, log_ratio_metric: int | None = None) -> Stage:
     """Map rewards to ``-f'(policy / target)`` with the target ``reference * exp(r / temperature) / Z``.
 
@@ -221,10 +233,9 @@ def f_link(divergence: FLink = "reverse_kl", *, temperature: float = 1.0, log_ra
         flat = stats.rows(stats.is_flat()) & ~torch.isnan(gain)
         return replace(signal, x=torch.where(flat, 0.0, -link(divergence, stats.rows(log_z) - gain)))
 
-    signature = Signature(phase="reward", rewards="one", magnitude="-> chosen")
-    return pure(
-        f"f_link({divergence}, temperature={temperature:g})", signature, apply, needs=() if log_ratio_metric is None else ("metric",)
-    )
+    # Linear: its temperature is one factor for all. The other links bend.
+    signature = Signature(phase="reward", rewards="one", adds="common | shaped" if divergence == "reverse_kl" else "shaped")
+    return pure(signature, apply, needs=() if log_ratio_metric is None else ("metric",))
 
 
 STAGES: Sequence[Callable[..., Stage]] = (

@@ -23,10 +23,10 @@ from flowalign.estimators import (
 from flowalign.estimators.baseline import center as center
 from flowalign.estimators.baseline import leave_one_out as leave_one_out
 from flowalign.estimators.calibrate import clip as clip
-from flowalign.estimators.chain import Stage
 from flowalign.estimators.combine import combine_rewards as combine_rewards
 from flowalign.estimators.credit import broadcast_steps as broadcast_steps
 from flowalign.estimators.scale import scale_by_std as scale_by_std
+from flowalign.estimators.signals import Stage
 
 _MODULES = (
     shape,

@@ -19,10 +19,10 @@ your own. This page is written by
 In every recipe, statistics are float64 over the whole batch of all ranks; equal rewards are found by their range and give exactly 0 where the
 comparison is within the group; a reward that is NaN was not computed and is left out.
 
-Invariances: **shift** (a constant added to all rewards changes nothing), **shift per group**, **scale** (a positive factor changes nothing, up to
+Invariances of the advantage times the weight, with default options: **shift** (a constant added to all rewards changes nothing), **shift per group**, **scale** (a positive factor changes nothing, up to
 eps), **zero mean** (in each group, at each step, each shared edge counted once), **monotone** (within a group a higher reward never gets a lower
 advantage), **local** (other groups do not matter), **zero when flat** (a group of equal rewards gets exactly 0). A claim that is not made has a
-counter-example in the tests.
+counter-example in the tests. (`verpo` works from clauses, and for it "reward" means clauses passed.)
 
 "Needs" are the tables of `RewardBatch` without which a recipe stops with a message; rewards outside its range are refused likewise. Training makes
 those that the chosen estimator needs, and no others: `log_prob` of the trained steps; `baseline`, the reward of the ODE's image from the same noise;

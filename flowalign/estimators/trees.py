@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, scored_samples, segment_key
 from flowalign.estimators.forest import Tree
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
 from flowalign.estimators.needs import need_tree
-from flowalign.estimators.scale import divisor, quotient
+from flowalign.estimators.scale import divisor, quotient, refuse_divisor
+from flowalign.estimators.segmentation import segment_key
 from flowalign.estimators.segments import RTOL, segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, scored_samples, stage
 
 Average = Literal["children", "leaves", "softmax"]
 Share = Literal["mean", "sqrt", "each"]
 
 
+@stage
 def node_values(average: Average = "children", *, temperature: float = 1.0) -> Stage:
     """Give every node of the tree a value.
 
@@ -30,8 +32,6 @@ def node_values(average: Average = "children", *, temperature: float = 1.0) -> S
             tree is ragged), ``softmax`` the mean of the children weighted by the likelihood of their edges.
         temperature: Of the softmax over the edges' mean log-probs. (Of log-probs summed over dimensions it would be an argmax.)
     """
-    if average not in ("children", "leaves", "softmax"):
-        raise ValueError(f"average: got {average!r}, needed 'children', 'leaves' or 'softmax'")
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}, needed a positive number")
 
@@ -53,7 +53,7 @@ def node_values(average: Average = "children", *, temperature: float = 1.0) -> S
             raw=None,
         )
 
-    return pure(f"node_values({average})", Signature(rows="sample -> node", phase="reward | centred"), apply, needs=("tree",))
+    return pure(Signature(rows="sample -> node", phase="reward | centred", refuses="weights"), apply, needs=("tree",))
 
 
 def _mean_of_leaves(tree: Tree, x: Tensor) -> Tensor:
@@ -104,6 +104,7 @@ def _any_sample(tree: Tree, batch: RewardBatch) -> Tensor:
     return first[torch.searchsorted(groups, tree.prompt).clamp(max=max(0, len(groups) - 1))]
 
 
+@stage
 def subtract_parent() -> Stage:
     """Subtract from each node's value that of its parent; a root, and what differs by rounding only, gets 0."""
 
@@ -111,7 +112,7 @@ def subtract_parent() -> Stage:
         tree = need_tree(batch, "subtract_parent")
         return replace(signal, x=_gain(tree, signal.x), raw=signal.x)
 
-    return pure("subtract_parent", Signature(rows="node", phase="reward -> centred"), apply, needs=("tree",))
+    return pure(Signature(rows="node", phase="reward -> centred"), apply, needs=("tree",))
 
 
 def _gain(tree: Tree, value: Tensor) -> Tensor:
@@ -120,14 +121,13 @@ def _gain(tree: Tree, value: Tensor) -> Tensor:
     return torch.where((tree.parent < 0)[:, None] | same, 0.0, value - above)
 
 
+@stage
 def add_gain(*, divide: Literal["sqrt_leaves", "none"] = "sqrt_leaves") -> Stage:
     """Add to each node's value what it gained over its parent's: how good it is at all, and how good the edge to it was.
 
     Args:
         divide: By the square root of the number of samples below, so that an edge that many samples share does not count as often.
     """
-    if divide not in ("sqrt_leaves", "none"):
-        raise ValueError(f"divide: got {divide!r}, needed 'sqrt_leaves' or 'none'")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         tree = need_tree(batch, "add_gain")
@@ -135,9 +135,10 @@ def add_gain(*, divide: Literal["sqrt_leaves", "none"] = "sqrt_leaves") -> Stage
         leaves = tree.num_samples(signal.keep).clamp(min=1).double()[:, None]
         return replace(signal, x=both / leaves.sqrt() if divide == "sqrt_leaves" else both, raw=None)
 
-    return pure(f"add_gain(divide={divide})", Signature(rows="node", phase="centred"), apply, needs=("tree",))
+    return pure(Signature(rows="node", phase="centred"), apply, needs=("tree",))
 
 
+@stage
 def scale_edges(*, ddof: int, eps: float) -> Stage:
     """Divide by the standard deviation over all edges of the batch that change anything.
 
@@ -147,6 +148,7 @@ def scale_edges(*, ddof: int, eps: float) -> Stage:
         ddof: Delta degrees of freedom.
         eps: Added to the standard deviation.
     """
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         tree = need_tree(batch, "scale_edges")
@@ -155,10 +157,11 @@ def scale_edges(*, ddof: int, eps: float) -> Stage:
         by = divisor(segment_stats(values, torch.zeros(len(values), dtype=torch.int64)).variance(ddof=ddof), eps=eps, rule="add")
         return replace(signal, x=quotient(signal.x, by)) if len(values) else signal
 
-    signature = Signature(rows="node", rewards="one", phase="centred -> scaled", magnitude="free")
-    return pure(f"scale_edges(ddof={ddof}, eps={eps:g})", signature, apply, needs=("tree",))
+    signature = Signature(rows="node", rewards="one", phase="centred -> scaled", refuses=FACTORS)
+    return pure(signature, apply, needs=("tree",))
 
 
+@stage
 def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "train") -> Stage:
     """Pay each edge's advantage to the steps that the edge owns, in every sample below it.
 
@@ -167,8 +170,6 @@ def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "
             ``sqrt`` by 1 / sqrt(n); ``each`` by 1, which multiplies the gradient of early steps by n.
         zeros: ``skip`` leaves edges of advantage 0 out, so that later statistics do not see them.
     """
-    if share not in ("mean", "sqrt", "each") or zeros not in ("train", "skip"):
-        raise ValueError(f"edges_to_steps: got share {share!r} and zeros {zeros!r}, needed 'mean', 'sqrt' or 'each' and 'train' or 'skip'")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         tree = need_tree(batch, "edges_to_steps")
@@ -179,7 +180,7 @@ def edges_to_steps(share: Share = "mean", *, zeros: Literal["train", "skip"] = "
         weight = (signal.weight * edge_shares(tree, signal.keep, share)).index_select(0, node)
         return replace(signal, x=signal.x.index_select(0, node), sample=sample, step=step, node=None, weight=weight, raw=None)
 
-    return pure(f"edges_to_steps(share={share}, zeros={zeros})", Signature(rows="node -> step", rewards="one"), apply, needs=("tree",))
+    return pure(Signature(rows="node -> step", rewards="one"), apply, needs=("tree",))
 
 
 def step_owners(tree: Tree, batch: RewardBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +211,7 @@ def edge_shares(tree: Tree, keep: Tensor, share: Share) -> Tensor:
     return {"mean": 1 / copies, "sqrt": copies.rsqrt(), "each": torch.ones_like(copies)}[share]
 
 
+@stage
 def share_steps(share: Share = "mean") -> Stage:
     """Weigh steps that several samples share, as ``edges_to_steps`` does, for advantages that are not the tree's own."""
 
@@ -220,9 +222,10 @@ def share_steps(share: Share = "mean") -> Stage:
         weight[sample, step] = edge_shares(tree, signal.keep & scored_samples(signal, batch), share)[node]
         return replace(signal, weight=signal.weight * weight[signal.sample, signal.step])
 
-    return pure(f"share_steps({share})", Signature(rows="step", rewards="one"), apply, needs=("tree",))
+    return pure(Signature(rows="step", rewards="one", adds="weights"), apply, needs=("tree",))
 
 
+@stage
 def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
     """Normalise the rewards over the samples of the prompt, and over those of each tree, and add the two.
 
@@ -230,6 +233,7 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
         ddof: Delta degrees of freedom of both standard deviations.
         eps: Added to both.
     """
+    refuse_divisor(ddof=ddof, eps=eps)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         total = torch.zeros_like(signal.x)
@@ -240,8 +244,7 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
             total = total + torch.where(flat, 0.0, (signal.x - stats.rows(stats.mean)) / by)
         return replace(signal, x=total, raw=None)
 
-    name = f"compare_in_groups_and_trees(ddof={ddof}, eps={eps:g})"
-    return pure(name, Signature(rows="sample", phase="reward -> scaled"), apply, needs=("tree",))
+    return pure(Signature(rows="sample", phase="reward -> scaled", refuses=FACTORS), apply, needs=("tree",))
 
 
 STAGES = (node_values, subtract_parent, add_gain, scale_edges, edges_to_steps, share_steps, compare_in_groups_and_trees)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure
 from flowalign.estimators.credit import change, state_values, to_steps
-from flowalign.estimators.kinds import Signature
+from flowalign.estimators.kinds import FACTORS, Signature
+from flowalign.estimators.signals import Signal, Stage, pure, stage
 
 Points = Literal["constrained", "all"]
 Form = Literal["replace", "bonus"]
@@ -64,6 +64,7 @@ def balance_turning_points(found: Tensor, total: Tensor) -> Tensor:
     return kept.view_as(found)
 
 
+@stage
 def turning_points(
     reward_weights: Sequence[float] | None = None,
     *,
@@ -84,13 +85,6 @@ def turning_points(
         balance: ``batch``: as many turning points of gains as of losses, see ``balance_turning_points``.
         bonus: Factor of the bonus.
     """
-    for name, got, known in (
-        ("points", points, ("constrained", "all")),
-        ("form", form, ("replace", "bonus")),
-        ("balance", balance, ("batch", "none")),
-    ):
-        if got not in known:
-            raise ValueError(f"{name}: got {got!r}, needed {' or '.join(map(repr, known))}")
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         values = state_values(signal, batch, reward_weights, "turning_points")
@@ -105,8 +99,8 @@ def turning_points(
         share = float(found.double().mean()) if found.numel() else 0.0
         return to_steps(signal, batch, x[..., None]).note(turning_points=share)
 
-    signature = Signature(rows="sample -> step", rewards="several -> one", phase="reward")
-    return pure(f"turning_points(points={points}, form={form}, balance={balance})", signature, apply, needs=("step_rewards",))
+    signature = Signature(rows="sample -> step", rewards="several -> one", phase="reward", refuses=f"{FACTORS} | shaped")
+    return pure(signature, apply, needs=("step_rewards",))
 
 
 STAGES = (turning_points,)

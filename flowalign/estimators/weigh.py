@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
-from flowalign.estimators.chain import Signal, Stage, pure, statistics
 from flowalign.estimators.kinds import Signature
 from flowalign.estimators.needs import need, need_column
+from flowalign.estimators.options import at_least
+from flowalign.estimators.segmentation import statistics
 from flowalign.estimators.segments import segment_stats
+from flowalign.estimators.signals import Signal, Stage, pure, scored_samples, stage
 
 Schedule = Literal["s_1", "s_2", "s_3", "h_1", "h_2", "h_3"]
 
@@ -23,6 +25,7 @@ _ROWS = "sample | step"
 _COMPARED = "centred | scaled | calibrated"
 
 
+@stage
 def keep_contrast() -> Stage:
     """Drop the groups in which every reward is flat: nothing can be learnt from them, and their only gradient is the penalty's."""
 
@@ -31,7 +34,7 @@ def keep_contrast() -> Stage:
         keep = signal.keep & ~stats.rows(stats.is_flat()).all(1)
         return replace(signal, keep=keep)
 
-    return pure("keep_contrast", Signature(phase="reward", rows="sample"), apply)
+    return pure(Signature(phase="reward", rows="sample"), apply)
 
 
 def pass_rates(batch: RewardBatch, *, reward: int, stage: str, threshold: float | None = None) -> Tensor:
@@ -62,6 +65,7 @@ def pass_rates(batch: RewardBatch, *, reward: int, stage: str, threshold: float 
     return stats.rows(stats.mean)[:, 0]
 
 
+@stage
 def keep_pass_rates(bands: Sequence[Sequence[float]], *, reward: int = 0, threshold: float = 1.0) -> Stage:
     """Keep the groups whose pass rate lies in one of the bands, ends included.
 
@@ -70,6 +74,10 @@ def keep_pass_rates(bands: Sequence[Sequence[float]], *, reward: int = 0, thresh
         reward: Which column of the rewards decides.
         threshold: A sample passes from this reward on.
     """
+    for number, band in enumerate(bands):
+        if len(band) != 2:
+            raise ValueError(f"bands[{number}]: got {tuple(band)}, needed two ends")
+    at_least("reward", reward, 0)
     for low, high in bands:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"bands: got ({low}, {high}), needed 0 <= low <= high <= 1")
@@ -81,8 +89,7 @@ def keep_pass_rates(bands: Sequence[Sequence[float]], *, reward: int = 0, thresh
             inside |= (rate >= low - 1e-9) & (rate <= high + 1e-9)
         return replace(signal, keep=signal.keep & inside)
 
-    shown = ", ".join(f"{low:g}-{high:g}" for low, high in bands)
-    return pure(f"keep_pass_rates({shown})", Signature(rows=_ROWS), apply)
+    return pure(Signature(rows=_ROWS), apply)
 
 
 def difficulty_weight(rate: Tensor, schedule: Schedule) -> Tensor:
@@ -115,6 +122,7 @@ def difficulty_weight(rate: Tensor, schedule: Schedule) -> Tensor:
     return torch.where(torch.isnan(rate), 0.0, curves[schedule]())
 
 
+@stage
 def weigh_by_difficulty(schedule: Schedule = "s_1", *, reward: int = 0) -> Stage:
     """Weigh each group by how hard its prompt is.
 
@@ -122,15 +130,16 @@ def weigh_by_difficulty(schedule: Schedule = "s_1", *, reward: int = 0) -> Stage
         schedule: Curve from pass rate to weight, see ``difficulty_weight``.
         reward: Column of the rewards that is the accuracy, in [0, 1].
     """
-    difficulty_weight(torch.zeros(1), schedule)  # refuse a wrong name when the chain is built
+    at_least("reward", reward, 0)
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         weight = difficulty_weight(pass_rates(batch, reward=reward, stage="weigh_by_difficulty"), schedule)
         return replace(signal, weight=signal.weight * weight[signal.sample])
 
-    return pure(f"weigh_by_difficulty({schedule})", Signature(rows=_ROWS), apply)
+    return pure(Signature(rows=_ROWS, adds="weights"), apply)
 
 
+@stage
 def weigh_steps_by_spread(top: float = 1.7, *, of: Literal["step_rewards", "log_prob"] = "step_rewards") -> Stage:
     """Weigh the steps at which the samples of a group differ most: from 1 for the least spread to ``top`` for the largest.
 
@@ -144,16 +153,17 @@ def weigh_steps_by_spread(top: float = 1.7, *, of: Literal["step_rewards", "log_
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         table = need(batch, of, "weigh_steps_by_spread")
         scalar = table.flatten(2).sum(2) if table.ndim > 2 else table
-        if batch.step_mask is not None:
-            scalar = torch.where(batch.step_mask, scalar, torch.nan)
+        counted = scored_samples(signal, batch)[:, None]
+        scalar = torch.where(counted if batch.step_mask is None else counted & batch.step_mask, scalar, torch.nan)
         stats = segment_stats(scalar, batch.group_id)
-        variance = torch.where(stats.count > 0, stats.variance(ddof=0), torch.nan)
+        variance = torch.where(stats.is_flat(), 0.0, stats.variance(ddof=0))  # what differs by rounding only does not differ
+        variance = torch.where(stats.count > 0, variance, torch.nan)
         low = torch.where(torch.isnan(variance), torch.inf, variance).amin(1, keepdim=True)
         high = torch.where(torch.isnan(variance), -torch.inf, variance).amax(1, keepdim=True)
         weight = 1 + (top - 1) * torch.nan_to_num((variance - low) / (high - low + 1e-8))  # 1e-8: TW-GRPO's code
         return replace(signal, weight=signal.weight * stats.rows(weight)[signal.sample, signal.step])
 
-    return pure(f"weigh_steps_by_spread(top={top:g}, of={of})", Signature(rows="step"), apply, needs=(of,))
+    return pure(Signature(rows="step", adds="weights"), apply, needs=(of,))
 
 
 STAGES = (keep_contrast, keep_pass_rates, weigh_by_difficulty, weigh_steps_by_spread)

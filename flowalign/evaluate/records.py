@@ -123,6 +123,29 @@ def compare(base: Evaluation, tuned: Evaluation) -> dict[Measure, Difference]:
     Raises:
         ValueError: If the two were not evaluated on the same suite, seed, prompts and images.
     """
+    return {measure: compare_runs([(base, tuned)], measure=measure) for measure in MEASURES}
+
+
+def compare_runs(pairs: Sequence[tuple[Evaluation, Evaluation]], *, measure: Measure = "strict") -> Difference:
+    """Compare pairs of models, for example one of each training seed: second minus first over all, clustered by prompt.
+
+    The interval is over prompts and does not cover new training seeds.
+
+    Args:
+        pairs: Two models on the same prompts and noise each.
+        measure: Which score.
+
+    Raises:
+        ValueError: If the two of a pair were not evaluated on the same suite, seed, prompts and images.
+    """
+    partners = [_partners(base, tuned) for base, tuned in pairs]
+    first, second = ([record for pair in partners for record in pair[side]] for side in (0, 1))
+    ids, tags = [record.id for record in first], [record.tag for record in first]
+    return paired_difference(_values(first, measure), _values(second, measure), ids, tags)
+
+
+def _partners(base: Evaluation, tuned: Evaluation) -> tuple[list[Record], list[Record]]:
+    """Return the records of two evaluations in one order."""
     if (base.suite, base.seed) != (tuned.suite, tuned.seed):
         raise ValueError(
             f"compare: got suite {base.suite!r} with seed {base.seed} and suite {tuned.suite!r} with seed {tuned.seed}; "
@@ -135,8 +158,7 @@ def compare(base: Evaluation, tuned: Evaluation) -> dict[Measure, Difference]:
         alone = {(r.id, r.k) for r in first} ^ {(r.id, r.k) for r in second}
         example = f", for example {odd[min(alone)]!r}" if alone else ""
         raise ValueError(f"compare: {len(alone)} images have no partner{example}; needed the same prompts and images for both")
-    ids, tags = [record.id for record in first], [record.tag for record in first]
-    return {m: paired_difference(_values(first, m), _values(second, m), ids, tags) for m in MEASURES}
+    return first, second
 
 
 def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure = "strict") -> str:

@@ -133,6 +133,34 @@ def seed_spread(values: Sequence[float]) -> Spread:
     return Spread(mean=math.fsum(values) / len(values), low=min(values), high=max(values), num_seeds=len(values))
 
 
+def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Estimate the mean over all training seeds from a few, by Student's t.
+
+    Args:
+        values: A score of each seed. One seed gives a mean without interval.
+        confidence: Nominal coverage, for scores that are normal over seeds.
+
+    Raises:
+        ValueError: If there are none, or one is not finite.
+
+    Examples:
+        >>> print(seed_interval([0.5, 0.7, 0.6]))
+        0.600 [0.352, 0.848]
+    """
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values: got {list(values)}, needed at least one and all finite")
+    mean, freedom = math.fsum(values) / len(values), len(values) - 1
+    if freedom == 0:
+        return Interval(mean=mean)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / freedom / len(values))
+    # With t = sqrt(df) tan(a) the density of |t| is proportional to cos(a)^(df - 1).
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    half = error * math.sqrt(freedom) * math.tan(float(np.interp(confidence, mass / mass[-1], angle)))
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
 def images_needed(
     half_width: float,
     *,

@@ -120,8 +120,9 @@ class Trainer:
             except FloatingPointError as error:
                 raise self._diverged(player, update.step, str(error)) from error
             norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-            if count == 0:
-                continue  # every sample was filtered out: nothing to learn, and no momentum to follow
+            if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
+                self.optimizer.zero_grad(set_to_none=True)
+                continue
             means = self._mean_over_ranks(sums, count)
             self._check_finite(player, update.step, means["loss"], norm)
             number = update.key(self.algorithm.num_updates) + 1

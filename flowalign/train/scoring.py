@@ -27,6 +27,15 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksRecords(Protocol):
+    """A reward that reads the records of prompts, and can tell beforehand which it cannot score."""
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Raise a ValueError that says what is wrong with a record."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedReward:
     """A reward of a run: its name in logs, and whether NaN may mean "not computed"."""

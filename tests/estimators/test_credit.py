@@ -118,7 +118,7 @@ def test_a_batch_without_samples_is_refused():
 def paid(name, batch, **options):
     """What training multiplies the gradient of each step by; each shared edge of a tree is counted once."""
     result = estimate(name, batch, **options)
-    return (result.advantage * result.weight if name in TREES else result.advantage).double()
+    return (result.advantage * result.weight).double()
 
 
 def holds(claim, name, batch):

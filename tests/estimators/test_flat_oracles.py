@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowalign.estimators import RewardBatch, chain, estimate, from_config, recipe
+from flowalign.estimators.compare import pareto_ranks
 from flowalign.estimators.controllers import hypervolume, observe_gradients, reweigh
 from flowalign.estimators.links import link, preference_margin
 from flowalign.estimators.pairs import select_pairs
@@ -93,7 +94,7 @@ EXAMPLES = [
     (
         "unlikeliness",
         make(B, log_prob=UNUSUAL),
-        {},
+        {"by": "log_prob"},
         [1.499996, *[-0.499999] * 3, 0.354737, 0.638527, 0.496632, -1.489895, *ZERO4, -1.161881, 0.387294, -0.387294, 1.161881],
     ),
     ("trust_grpo", make(THINK), {}, TRUST),
@@ -255,7 +256,7 @@ def test_gdpo_weights_change_the_result_and_a_missing_reward_adds_nothing():
     ],
 )
 def test_a_weight_that_a_standard_deviation_would_cancel_is_refused(stages):
-    with pytest.raises(ValueError, match="dividing by a std undoes weights given before it"):
+    with pytest.raises(ValueError, match="standard deviations, ranks and signs undo weights given before them"):
         from_config([*stages, {"stage": "broadcast_steps"}])
 
 
@@ -414,6 +415,116 @@ def test_without_measured_gradients_a_reward_against_the_others_loses_weight():
     estimator = recipe("gradient_weights")
     _, state = estimator.update(batch, estimator.init())
     assert state["2"]["weights"].argmin() == 2
+
+
+def test_a_reward_is_trusted_less_with_every_step_and_less_where_it_prefers_the_wrong():
+    def spread(step, think):
+        """Difference between the right and the wrong sample of a group of two, less that of their outcomes."""
+        estimator = chain(STAGES["trust_gate"](scale=0.3, decay_steps=500.0), STAGES["center"](), STAGES["broadcast_steps"]())
+        batch = make([[1.0, think[0]], [0.0, think[1]]], size=2)
+        found, after = estimator.update(batch, {"0": {"step": step}})
+        assert after["0"]["step"] == step + 1
+        return float(found.advantage[0, 0] - found.advantage[1, 0]) - 1
+
+    assert spread(0, (0.9, 0.1)) == pytest.approx(0.3 * 0.8, abs=1e-6)
+    assert spread(500, (0.9, 0.1)) == pytest.approx(0.3 * 0.8 / math.e, abs=1e-6)
+    assert spread(0, (0.1, 0.9)) == pytest.approx(-0.3 * 0.8 * math.exp(-0.8), abs=1e-6)
+
+
+def test_the_weight_of_a_density_is_bounded():
+    ratios = []
+    common = [("combine_rewards", {}), ("center", {})]
+    for largest in (1e6, 0.8):
+        scale = ("scale_by_beta_density", {"largest": largest})
+        found, plain = (stage_output(*common, *extra, ("broadcast_steps", {}), rewards=B2) for extra in ([scale], []))
+        ratios.append((found / plain).tolist())
+    assert max(ratios[0]) > 0.8 > min(ratios[0])
+    assert ratios[1] == pytest.approx([min(ratio, 0.8) for ratio in ratios[0]], abs=1e-6)
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_verpo_agrees_with_plain_loops(seed, prior):
+    generator = torch.Generator().manual_seed(seed)
+    clauses = (torch.rand(12, 3, generator=generator) < 0.5).double()
+    valid = (torch.rand(3, 3, generator=generator) < 0.8).repeat_interleave(4, 0)
+    found = advantage("verpo", clause_batch(clauses, valid), prior=prior, alpha=2.0, sigma=0.2, beta=0.7, delta=0.0).tolist()
+    score = []
+    for i in range(12):
+        members = range(i // 4 * 4, i // 4 * 4 + 4)
+        has = [c for c in range(3) if valid[i, c]]
+        rate = {c: (sum(float(clauses[j, c]) for j in members) + prior) / (4 + 2 * prior) for c in has}
+        weight = {c: math.exp(-2 * rate[c]) / sum(math.exp(-((rate[c] - rate[d]) ** 2) / (2 * 0.2**2)) for d in has) for c in has}
+        score.append((float(all(clauses[i, c] for c in has)), sum(weight[c] * float(clauses[i, c]) for c in has)))
+    for i in range(12):
+        members = [score[j] for j in range(i // 4 * 4, i // 4 * 4 + 4)]
+        strict, dense = ([member[k] for member in members] for k in (0, 1))
+        expected = score[i][0] - sum(strict) / 4 + 0.7 * (score[i][1] - sum(dense) / 4)
+        assert found[i] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_front_keeps_its_newest_points():
+    estimator = recipe("hypervolume", size=2)
+    state = {"2": {"front": torch.tensor([[1, 4], [2, 3]]).double()}}
+    _, after = estimator.update(make([[3.0, 2.0], [3.0, 2.0]], size=2), state)
+    assert after["2"]["front"].tolist() == [[2, 3], [3, 2]]
+
+
+def test_growth_with_four_rewards_is_measured_in_one_box():
+    front = torch.tensor([[1.0, 0.2, 0.5, 0.5]]).double()
+    state = {"2": {"front": front}}
+    # A dominated point grows nothing, whatever the estimate of a volume is worth.
+    pushed, _ = recipe("hypervolume").update(make([[0.5, 0.1, 0.4, 0.4]] * 2, size=2), state)
+    assert pushed.stats["meta_reward"] == 0.5
+    larger, _ = recipe("hypervolume").update(make([[1.0, 0.4, 0.5, 0.5]] * 2, size=2), state)
+    assert larger.stats["meta_reward"] == pytest.approx(0.5 + 1.5 * math.tanh(0.05), abs=0.01)
+
+
+def test_boxes_begin_at_their_lower_edge():
+    assert pareto_ranks(torch.tensor([[0.19, 0.5], [0.11, 0.65]]).double(), torch.zeros(2, dtype=torch.int64), box=0.1).tolist() == [1, 0]
+
+
+def test_a_smooth_shortfall_is_a_log_sum():
+    rewards = torch.tensor([[1.0, 0.0], [0.2, 0.5]])
+    found = stage_output(
+        ("combine_by_shortfall", {"weights": (1.0, 2.0), "smoothing": 0.5}), ("center", {}), ("broadcast_steps", {}), rewards=rewards
+    )
+    smooth = [-0.5 * math.log(math.exp(0 / 0.5) + math.exp(2 * 0.5 / 0.5)), -0.5 * math.log(math.exp(0.8 / 0.5) + math.exp(0 / 0.5))]
+    assert float(found[0] - found[1]) == pytest.approx(smooth[0] - smooth[1], abs=1e-6)
+
+
+def test_a_sample_that_comes_again_replaces_its_earlier_entry():
+    estimator = recipe("ssb")
+    _, state = estimator.update(make(B), estimator.init())
+    _, state = estimator.update(make([0.0, 0, 0, 1]), state)
+    assert sorted(state["4"]["uid"].tolist()) == list(range(8))
+    again = dict(
+        zip(state["4"]["uid"].tolist(), zip(state["4"]["age"].tolist(), state["4"]["advantage"].tolist(), strict=True), strict=True)
+    )
+    assert [again[uid][0] for uid in range(8)] == [1] * 4 + [2] * 4
+    assert again[0][1] == pytest.approx(-0.57725, abs=1e-3)
+    assert again[3][1] == pytest.approx(1.73175, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bnpo", "trust_grpo", "hypervolume", "gradient_weights", "ssb", "epo"])
+def test_what_is_remembered_has_an_effect(name):
+    estimator = recipe(name, **({"momentum": 0.9} if name == "bnpo" else {"rate": 2.0} if name == "gradient_weights" else {}))
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(share):
+        rewards = torch.rand(16, 2 if name not in ("bnpo", "ssb", "epo") else 1, generator=generator) * share
+        uid = torch.arange(16) + int(100 * share)
+        return dataclasses.replace(make(rewards, metric=torch.rand(16, 1, generator=generator) * share), sample_uid=uid)
+
+    _, state = estimator.update(batch(0.1), estimator.init())
+    second = batch(1.0)
+    kept, after = estimator.update(second, state)
+    fresh, afresh = estimator.update(second, estimator.init())
+    if name == "ssb":  # it changes no advantage; what can be drawn later differs
+        assert (len(after["4"]["uid"]), len(afresh["4"]["uid"])) == (32, 16)
+        assert torch.equal(kept.advantage, fresh.advantage)
+    else:
+        assert float((kept.advantage - fresh.advantage).abs().max()) > 1e-4
 
 
 def test_priorities_are_those_of_the_worked_example():
@@ -606,3 +717,76 @@ def test_the_mean_update_points_along_the_gradient_of_the_expected_reward(name):
     found = gradient(name, **({"r_max": 20.0} if name == "ngrpo" else {}))
     truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert float(torch.nn.functional.cosine_similarity(found, truth, dim=0)) > 0.99
+
+
+# -- what single options do ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_higher_temperature_draws_bounded_targets_together():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    found = estimate("bpo", make(rewards), temperature=3.0).target[:, 0]
+    distance = (rewards - 1.5) / rewards.std() / 3
+    assert torch.allclose(found.double(), 0.8 + 0.4 * torch.sigmoid(distance), atol=1e-5)
+
+
+def test_shares_of_decoupled_outcomes_follow_preference_and_likelihood():
+    metric, log_prob = column([0.9, 0.5, 0.2, 0.1], 1), column([-0.5, -0.4, -0.3, -0.6], 1)
+    batch = make([1, 1, 0, 0], metric=metric, log_prob=log_prob)
+    found = advantage("drpo", batch, temperature=0.5, sharpness=0.8)
+    passed = torch.softmax(metric[:2, 0].double() / 0.8, 0)
+    failed = torch.softmax(log_prob[2:, 0].double() / 0.5, 0)
+    assert found.tolist() == pytest.approx([*passed.tolist(), *(-failed).tolist()], abs=1e-5)
+
+
+def test_the_threshold_of_a_pass_decides_which_groups_are_damped():
+    batch = make([1.0, 0.9, 0.2, 0.0], metric=column([0.1, 0.8, 0.3, 0.3], 1))
+    found = [advantage("adora", batch, threshold=threshold).abs().max().item() for threshold in (0.5, 0.95)]
+    # At 0.95 only the first passes, whose metric does not exceed the others' mean.
+    assert found[1] == pytest.approx(0.1 * found[0], rel=1e-5)
+
+
+def test_volumes_are_measured_from_the_reference():
+    batch = make([[1.5, 1.5], [1.5, 1.5]], size=2)
+    for reference, volume in ((0.0, 2.25), (1.0, 0.25), (2.0, 0.0)):
+        estimator = recipe("hypervolume", reference=reference)
+        result, _ = estimator.update(batch, estimator.init())
+        assert result.stats["meta_reward"] == pytest.approx(0.5 + 1.5 * math.tanh(volume), abs=1e-6)
+
+
+def test_the_exponent_of_priorities_is_that_of_the_buffer():
+    assert priorities(torch.tensor([2.0, -1.0]), alpha=2.0).tolist() == pytest.approx([0.8, 0.2])
+    for alpha, expected in ((0.0, 1 / 8), (2.0, 1.5**2 / (2 * 1.5**2 + 6 * 0.5**2))):
+        estimator = recipe("ssb", alpha=alpha)
+        _, state = estimator.update(make(B), estimator.init())
+        drawn = [int(draw(state, 1, seed=seed).uid[0]) for seed in range(2000)]
+        share = drawn.count(0) / 2000
+        assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5)
+
+
+def test_a_running_mean_forgets_at_its_rate():
+    estimator = chain(STAGES["combine_rewards"](), STAGES["center_by_running_mean"](decay=0.5, min_count=1.0), STAGES["broadcast_steps"]())
+    _, state = estimator.update(make([1.0, 3.0], size=2), estimator.init())
+    found, _ = estimator.update(make([6.0, 6.0], size=2), state)
+    mean = (0.5 * 2 * 2.0 + 2 * 6.0) / (0.5 * 2 + 2)
+    assert found.advantage[:, 0].tolist() == pytest.approx([6 - mean] * 2, abs=1e-6)
+
+
+def test_the_link_of_steps_takes_its_own_alpha():
+    steps = torch.tensor([[0.3], [-0.2]])[..., None]
+    batch = dataclasses.replace(make([0.0, 0.0], size=2), step_rewards=steps)
+    stages = ["take_step_rewards", "combine_rewards", {"stage": "link_steps", "divergence": "alpha", "alpha": 0.25, "beta": 2.0}, "center"]
+    found = from_config(stages).update(batch, {})[0].advantage[:, 0].tolist()
+    value = [-2.0 * (1 - math.exp(0.25 * x)) / 0.25 for x in (0.3, -0.2)]
+    assert found == pytest.approx([(value[0] - value[1]) / 2, (value[1] - value[0]) / 2], abs=1e-5)
+
+
+def test_fronts_of_groups_and_of_the_batch_differ():
+    batch = make([[1, 1], [2, 2], [3, 3], [4, 4]], size=2)
+    for over, expected in (("batch", [False, False, False, True]), ("group", [False, True, False, True])):
+        stages = ["combine_rewards", "center", {"stage": "keep_front", "over": over}, "broadcast_steps"]
+        assert from_config(stages).update(batch, {})[0].keep.tolist() == expected
+
+
+def test_pairs_closer_than_the_margin_teach_nothing():
+    found = stage_output(("combine_rewards", {}), ("best_against_worst", {"margin": 1.0}), ("broadcast_steps", {}))
+    assert found.tolist() == [0, 0, 0, 0, -1, 0, 1, 0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.estimators import RewardBatch, Tree, estimate, explain, from_config, recipe
+from flowalign.estimators import RewardBatch, Tree, estimate, explain, from_config
 
 B = [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]
 C = [0.2, 0.4, 0.9, 0.5, -1, 0, 3, 2]
@@ -100,12 +100,12 @@ def test_flow_grpo_clips_at_five():
     assert advantages("flow_grpo", rewards, group_size=100)[-1].item() == 5.0
 
 
-def test_state_survives_a_round_trip():
-    estimator = recipe("grpo")
-    state = estimator.init()
-    result, after = estimator.update(make(C), state)
-    again, _ = estimator.update(make(C), after)
-    assert torch.equal(result.advantage, again.advantage)
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp", "gdpo", "pareto"])
+def test_every_recipe_counts_flat_groups_alike(name):
+    nan = float("nan")
+    rewards = [[1, 0], [1, 1], [0.3, 2], [0.1 + 0.2, 2], [5, 5], [nan, nan], [nan, nan], [1, 2], [nan, 2]]
+    result = estimate(name, make(rewards, groups=[0, 0, 1, 1, 2, 3, 3, 4, 4]))
+    assert result.stats["flat_groups"] == pytest.approx(4 / 5)  # all but the first: equal, alone, not scored, one scored
 
 
 def test_advantages_are_repeated_over_steps_and_masked():

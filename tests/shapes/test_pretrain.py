@@ -127,12 +127,18 @@ def test_a_resumed_autoencoder_has_the_learning_rates_and_momenta_of_an_unbroken
     assert len(set(unbroken)) == CONFIG.autoencoder_steps
 
 
-def test_exporting_changes_no_bit_of_the_training_state(tmp_path):
+def with_an_average_of_its_own():
+    """A new pipeline whose averaged weights are not its weights."""
     pipe = models.new_pipeline(0)
     weights = pretrain._Weights(pipe, CONFIG.decay)
     with torch.no_grad():
         for value in weights.average.values():
             value.mul_(0.7)
+    return pipe, weights
+
+
+def test_exporting_changes_no_bit_of_the_training_state(tmp_path):
+    pipe, weights = with_an_average_of_its_own()
 
     def state():
         modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
@@ -150,11 +156,7 @@ def test_exporting_changes_no_bit_of_the_training_state(tmp_path):
 
 
 def test_what_is_exported_is_the_average_with_denoiser_and_autoencoder_in_half_precision(tmp_path):
-    pipe = models.new_pipeline(0)
-    weights = pretrain._Weights(pipe, CONFIG.decay)
-    with torch.no_grad():
-        for value in weights.average.values():
-            value.mul_(0.7)
+    pipe, weights = with_an_average_of_its_own()
     pretrain._export(pipe, weights, tmp_path, {})
     for module, file, dtype in (
         ("transformer", "diffusion_pytorch_model", torch.float16),

@@ -106,7 +106,7 @@ def test_a_mistake_in_any_part_claims_no_folder(write_config):
     with pytest.raises(ValueError, match="no_such_reward"):
         run.train(str(path))
     path = write_config(advantage={"type": "grpo", "epz": 1e-4})
-    with pytest.raises(ValueError, match=r"advantage\.epz: unknown key; did you mean 'eps'"):
+    with pytest.raises(ValueError, match="advantage: recipe 'grpo': unknown option 'epz': did you mean 'eps'"):
         run.train(str(path))
     assert not load_config(str(write_config())).output.exists()
 
@@ -114,13 +114,21 @@ def test_a_mistake_in_any_part_claims_no_folder(write_config):
 def test_a_group_of_one_is_for_estimators_with_a_baseline_of_their_own(write_config):
     train = {"groups": 2, "group_size": 1, "learning_rate": 1e-2}
     path = write_config(train=train, algorithm={"type": "flow_grpo", "num_minibatches": 1}, advantage="remax")
-    run.build_trainer(load_config(str(path)), Accelerator()).step(0)
+    trainer = run.build_trainer(load_config(str(path)), Accelerator())
+    found = trainer.collect(0)
+    # Each image is compared with the ODE's from its own noise: one sample of a prompt has something to learn from.
+    assert found.experience.advantage.shape[0] == 2
+    assert found.experience.keep.all()
+    assert (found.experience.advantage != 0).all()
+    assert trainer.step(0)["grad_norm"] > 0
+    with pytest.raises(ValueError, match="group_size: got 1; a group estimator compares the samples of a prompt"):
+        run.build_trainer(load_config(str(write_config(train=train, advantage="grpo"))), Accelerator())
 
 
 @pytest.mark.parametrize(
     ("advantage", "message"),
     [
-        ({"type": "grpo", "eps": "small"}, r"advantage\.eps: needs float, got 'small'"),
+        ({"type": "grpo", "eps": "small"}, "advantage: recipe 'grpo': eps: got 'small', needed a number"),
         (["combine_rewards", {"stage": "centre"}], r"advantage\[1\]: unknown stage 'centre': did you mean 'center'"),
         ([{"type": "combine_rewards"}], r"advantage\[0\]: got \{'type': 'combine_rewards'\}, needed a stage's name"),
         (3, "advantage: needs a recipe's name, a mapping with a 'type' or a list of stages, got 3"),

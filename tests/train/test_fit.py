@@ -116,6 +116,25 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(writ
     assert strip[0] == strip[1]
 
 
+def test_an_interrupted_run_goes_on_with_what_its_estimator_remembered(write_config, tmp_path):
+    def config(folder):
+        return write_config(output=str(tmp_path / folder), advantage={"type": "ssb", "max_age": 3})
+
+    _, whole = train(config("whole"), "--steps", "3")
+    path = config("parts")
+    train(path, "--steps", "2")
+    weights, parts = train(path, "--steps", "3")
+    forgetful = write_config(output=str(tmp_path / "last"), advantage={"type": "ssb", "max_age": 1})
+    _, single = train(forgetful, "--steps", "3")
+
+    def remembered(log):
+        return [line["advantage"]["remembered"] for line in log]
+
+    assert remembered(parts) == remembered(whole)
+    assert remembered(whole)[2] > remembered(single)[2] > 0  # three steps' samples, not one's
+    assert same(weights, load_file(tmp_path / "whole" / "weights" / "pytorch_lora_weights.safetensors"))
+
+
 def test_a_truncated_checkpoint_is_passed_over_and_this_is_said(write_config, capsys):
     expected, _ = train(write_config("whole"))
     path = write_config("broken")

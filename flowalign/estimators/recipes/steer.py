@@ -32,7 +32,7 @@ class Config:
     """
 
     claims: ClassVar[Claims] = Claims(
-        shift=True, shift_per_group=True, scale=True, zero_mean=True, monotone=True, local=True, zero_when_flat=True, needs=("metric",)
+        shift=True, shift_per_group=True, scale=True, zero_mean=False, monotone=False, local=True, zero_when_flat=True, needs=("metric",)
     )
     reward_weights: tuple[float, ...] | None = None
     curve: Curve = "inverse"

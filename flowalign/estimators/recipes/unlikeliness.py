@@ -17,7 +17,7 @@ class Config:
     """GRPO on ``r (1 - beta rank / K)``, rank 0 for the most novel image of the group.
 
     All-right groups get a signal too. Novelty is a column of the metric, for example the mean distance to the other images of the group;
-    without a metric it is a low log-prob, which under a fixed variance is mostly the noise's norm.
+    with ``by="log_prob"`` it is a low log-prob, which under a fixed variance is mostly the noise's norm.
 
     References:
         He et al., "Rewarding the Unlikely", 2025, https://arxiv.org/abs/2506.02355, and its released code (ddof 1, eps 1e-6).
@@ -26,7 +26,7 @@ class Config:
     Attributes:
         reward_weights: One weight for each reward; None for 1 each.
         beta: Share that the most usual image nearly loses.
-        by: What novelty is; None for the metric if there is one.
+        by: What novelty is.
         metric: Column of ``RewardBatch.metric``; higher is more novel.
         eps: Added to the standard deviation.
         ddof: Delta degrees of freedom of the standard deviation.
@@ -45,7 +45,7 @@ class Config:
     )
     reward_weights: tuple[float, ...] | None = None
     beta: float = 0.25
-    by: Literal["metric", "log_prob"] | None = None
+    by: Literal["metric", "log_prob"] = "metric"
     metric: int = 0
     eps: float = 1e-6
     ddof: int = 1

@@ -1,0 +1,90 @@
+"""What a run spends: rows through its denoiser, their floating-point operations, and seconds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+_DIFFERENTIATED = 3.0  # a backward costs two forwards: one for the inputs, one for the weights
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Counts the rows of every denoiser call while it is attached.
+
+    Attributes:
+        network: The denoiser.
+        sampled: Rows without gradient: rollouts, reference passes.
+        trained: Rows with gradient.
+        seconds: Wall time, which the caller adds.
+        flops_per_row: Of one forward; known after the first call.
+    """
+
+    network: nn.Module
+    sampled: int = 0
+    trained: int = 0
+    seconds: float = 0.0
+    flops_per_row: float = 0.0
+    _pauses: int = field(default=0, repr=False)
+
+    @property
+    def evaluations(self) -> float:
+        """Rows, those with gradient counted three times."""
+        return self.sampled + _DIFFERENTIATED * self.trained
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the denoiser (a multiplication and an addition are two)."""
+        return self.evaluations * self.flops_per_row
+
+    def spent(self) -> dict[str, float]:
+        """Everything that was counted."""
+        return {
+            "evaluations": self.evaluations,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "rows_sampled": float(self.sampled),
+            "rows_trained": float(self.trained),
+        }
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing: what is done inside measures the run and is not part of it."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[Meter]:
+        """Count what passes the denoiser inside."""
+        handle = self.network.register_forward_hook(self._note, with_kwargs=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._pauses:
+            return
+        rows = len(output[0] if isinstance(output, tuple) else output.sample)
+        if not self.flops_per_row:
+            with self.pause(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+                # Past the module's own hooks: others than this one watch it too.
+                module.forward(*[_detached(value) for value in args], **{name: _detached(value) for name, value in kwargs.items()})
+            self.flops_per_row = counter.get_total_flops() / rows
+        if torch.is_grad_enabled():
+            self.trained += rows
+        else:
+            self.sampled += rows
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -1,0 +1,239 @@
+"""Tables and pictures of a benchmark: reward against compute, and reward against drift, with intervals over training seeds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowalign import config as configuration
+from flowalign.benchmark.spec import BenchmarkConfig, Cell
+from flowalign.benchmark.store import folder_of, read_result
+from flowalign.env import hardware, versions
+from flowalign.evaluate.charts import Chart, Curve
+from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
+from flowalign.evaluate.report import Report, Table, write_report
+from flowalign.evaluate.scores import Interval
+from flowalign.evaluate.statistics import seed_interval
+from flowalign.train.journal import write_atomically
+
+_DRIFT = {
+    "velocity_distance": "velocity distance",
+    "diversity": "diversity within a prompt (base 1)",
+    "kernel_distance": "kernel distance to real images",
+}
+
+
+def write_benchmark(
+    config: BenchmarkConfig, trials: Sequence[Cell], finals: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]
+) -> Path:
+    """Write ``results.json``, ``results.md`` and ``report.html`` from the cells that have finished, and print the tables.
+
+    Args:
+        config: The benchmark.
+        trials: Cells of the search.
+        finals: Cells that count.
+        chosen: What the search chose for each method; without an entry where no trial finished.
+
+    Returns:
+        The report's path.
+    """
+    results = [(cell, found) for cell in finals if (found := read_result(config, cell)) is not None]
+    by_method = {method: [(cell, result) for cell, result in results if cell.method == method] for method in config.methods}
+    tables = [_scores(config, by_method), _drift(config, by_method), *([_prices(config, by_method)] if config.target is not None else [])]
+    tables += [_search(config, trials, chosen)] if trials else []
+    finished = [cell for cell, _ in results]
+    missing = [f"{cell.method}, seed {cell.seed}" for cell in finals if cell not in finished]
+    left_out = [method for method in config.methods if method not in chosen]
+    notes = [
+        "Intervals: 95 %, Student's t over training seeds; those of differences are over prompts, all seeds pooled, and do not cover new seeds.",
+        "Every run stops before the step that would exceed the budget. A row that is differentiated counts as three evaluations.",
+        "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
+        *([f"Not finished: {'; '.join(missing)}."] if missing else []),
+        *([f"No trial of the search finished, so not run: {', '.join(left_out)}."] if left_out else []),
+    ]
+    head = f"{config.budget.amount:g} {config.budget.unit} a run, seeds {list(config.seeds)}; {_base_line(config)}"
+    text = "\n\n".join([head, *(_markdown(table) for table in tables), *notes])
+    write_atomically(config.output / "results.md", text + "\n")
+    write_atomically(config.output / "results.json", json.dumps([result for _, result in results], indent=2) + "\n")
+    print(f"\n{text}\n")
+    report = Report(
+        title="Methods at equal compute",
+        subtitle=head,
+        charts=_charts(config, by_method),
+        tables=tables,
+        notes=notes,
+        command=shlex.join(["flowalign", *sys.argv[1:]]),
+        configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
+        versions=versions(),
+        hardware=hardware(),
+    )
+    path = write_report(config.output / "report.html", report)
+    print(f"report {path}")
+    return path
+
+
+Runs = Mapping[str, Sequence[tuple[Cell, Mapping[str, Any]]]]
+
+
+def _base_line(config: BenchmarkConfig) -> str:
+    found = [read_evaluation(folder_of(config, cell) / "records.jsonl").scores().overall for cell in config.bases()]
+    return f"strict score of the base {', '.join(map(str, found))} on {config.suite.name}"
+
+
+def _over_seeds(values: Sequence[float], pattern: str = "{:.3f}") -> str:
+    found = seed_interval(values)
+    if found.low is None or found.high is None:
+        return f"{pattern.format(found.mean)} [no interval]"
+    return f"{pattern.format(found.mean)} [{pattern.format(found.low)}, {pattern.format(found.high)}]"
+
+
+def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
+    reference = config.reference or next(iter(config.methods))
+    rows = []
+    for method, runs in by_method.items():
+        if not runs:
+            rows.append([method, "0", *[""] * 5])
+            continue
+        last = [result["milestones"][-1] for _, result in runs]
+        versus = "" if method == reference else _versus(config, dict(by_method)[reference], runs)
+        gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs])
+        spent = [milestone["spent"]["evaluations"] for milestone in last]
+        steps = [result["steps"] for _, result in runs]
+        rows.append(
+            [
+                method,
+                str(len(runs)),
+                _over_seeds([milestone["strict"] for milestone in last]),
+                str(gain.overall),
+                versus,
+                f"{sum(spent) / len(spent):.3g}",
+                f"{sum(steps) / len(steps):.0f}",
+            ]
+        )
+    columns = ("method", "seeds", "strict score", "gain over the base", f"minus {reference}", "evaluations", "steps")
+    return Table(title="Score at the end of the budget", columns=columns, rows=rows)
+
+
+def _drift(config: BenchmarkConfig, by_method: Runs) -> Table:
+    measured = [key for key in _DRIFT if any(key in result["milestones"][-1] for runs in by_method.values() for _, result in runs)]
+    rows = []
+    for method, runs in by_method.items():
+        last = [result["milestones"][-1] for _, result in runs]
+        rows.append([method, *(_over_seeds([milestone[key] for milestone in last], "{:.4f}") if last else "" for key in measured)])
+    return Table(title="What it cost: distance to the base", columns=("method", *(_DRIFT[key] for key in measured)), rows=rows)
+
+
+def price(milestones: Sequence[Mapping[str, Any]], start: float, target: float, unit: str) -> float | None:
+    """Return the compute at which a run first reached a score, linear between milestones; None if it did not.
+
+    Examples:
+        >>> price([{"strict": 0.5, "spent": {"evaluations": 100.0}}, {"strict": 0.7, "spent": {"evaluations": 200.0}}], 0.3, 0.6, "evaluations")
+        150.0
+    """
+    if start >= target:
+        return 0.0
+    at, score = 0.0, start
+    for milestone in milestones:
+        then, reached = float(milestone["spent"][unit]), float(milestone["strict"])
+        if reached >= target:
+            return at + (then - at) * (target - score) / (reached - score)
+        at, score = then, reached
+    return None
+
+
+def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
+    assert config.target is not None
+    rows = []
+    for method, runs in by_method.items():
+        starts = [_base_of(config, cell).scores().overall.mean for cell, _ in runs]
+        for_unit = {
+            unit: [price(result["milestones"], start, config.target, unit) for (_, result), start in zip(runs, starts, strict=True)]
+            for unit in ("evaluations", "seconds")
+        }
+        reached = sum(value is not None for value in for_unit["evaluations"])
+        cells = []
+        for found in for_unit.values():
+            known = [value for value in found if value is not None]
+            # An interval over the seeds that got there would be too kind to a method that often does not.
+            cells.append(
+                _over_seeds(known, "{:.3g}") if known and reached == len(runs) else "" if not known else f"{min(known):.3g} at best"
+            )
+        rows.append([method, f"{reached} of {len(runs)}", *cells])
+    return Table(
+        title=f"Price of a strict score of {config.target:g}",
+        columns=("method", "seeds that reached it", "evaluations", "seconds"),
+        rows=rows,
+    )
+
+
+def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for cell, point in zip(trials, [point for method in config.methods for point in config.search.points()], strict=True):
+        result = read_result(config, cell)
+        words = ", ".join(f"{key} {value}" for key, value in point.items())
+        reward = "not finished" if result is None else f"{result['reward']:.4f}"
+        rows.append([cell.method, words, reward, "chosen" if point == chosen.get(cell.method) else ""])
+    caption = f"Seed {config.search.seed}, {config.search.share:.0%} of the budget each; by the mean training reward of the last quarter."
+    return Table(title="What was searched", columns=("method", "tried", "training reward", ""), rows=rows, caption=caption)
+
+
+def _charts(config: BenchmarkConfig, by_method: Runs) -> list[Chart]:
+    unit = config.budget.unit
+    compute, drift = [], []
+    for method, runs in by_method.items():
+        if not runs:
+            continue
+        starts = [_base_of(config, cell).scores().overall.mean for cell, _ in runs]
+        num = min(len(result["milestones"]) for _, result in runs)
+        columns = [[result["milestones"][k] for _, result in runs] for k in range(num)]
+        x = [0.0, *(_mean([milestone["spent"][unit] for milestone in column]) for column in columns)]
+        scores = [seed_interval(values) for values in [starts, *([m["strict"] for m in column] for column in columns)]]
+        compute.append(_curve(method, x, scores))
+        distance = [0.0, *(_mean([milestone["velocity_distance"] for milestone in column]) for column in columns)]
+        drift.append(Curve(name=method, x=distance, y=[score.mean for score in scores]))
+    return [
+        Chart(title="Strict score against compute", curves=compute, x_label=unit, caption="Mean and 95 % interval over training seeds."),
+        Chart(
+            title="Strict score against drift", curves=drift, x_label="velocity distance to the base", caption="Mean over training seeds."
+        ),
+    ]
+
+
+def _curve(name: str, x: Sequence[float], scores: Sequence[Interval]) -> Curve:
+    y = [score.mean for score in scores]
+    if any(score.low is None for score in scores):
+        return Curve(name=name, x=x, y=y)
+    return Curve(name=name, x=x, y=y, low=[score.low or 0.0 for score in scores], high=[score.high or 0.0 for score in scores])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _records(config: BenchmarkConfig, cell: Cell) -> Evaluation:
+    return read_evaluation(folder_of(config, cell) / "records.jsonl")
+
+
+def _base_of(config: BenchmarkConfig, cell: Cell) -> Evaluation:
+    return read_evaluation(config.output / "base" / cell.reference / "records.jsonl")
+
+
+def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs: Sequence[tuple[Cell, Any]]) -> str:
+    partners = {cell.seed: cell for cell, _ in reference}
+    pairs = [(_records(config, partners[cell.seed]), _records(config, cell)) for cell, _ in runs if cell.seed in partners]
+    if not pairs:
+        return ""
+    found = compare_runs(pairs)
+    return f"{found.overall}, p = {found.p_value:.3f}"
+
+
+def _markdown(table: Table) -> str:
+    lines = [f"{table.title}." + (f" {table.caption}" if table.caption else ""), ""]
+    lines += [f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in table.rows)])

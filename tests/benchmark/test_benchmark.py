@@ -1,0 +1,265 @@
+"""Methods at equal compute: what is refused, what is counted, what a crash leaves, and what is reported."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from flowalign.benchmark import study
+from flowalign.benchmark.cell import run_cell
+from flowalign.benchmark.meter import Meter
+from flowalign.benchmark.report import price
+from flowalign.benchmark.spec import load_benchmark
+from flowalign.benchmark.store import folder_of, read_result
+from flowalign.config import ConfigError
+from flowalign.evaluate.records import read_evaluation
+from tests.pipelines import tiny
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture
+def write(model, tmp_path):
+    """Write a small benchmark of AWM and Flow-GRPO; keyword arguments replace whole keys."""
+    run = {
+        "steps": 3,
+        "pipeline": {"type": "sd3", "model": str(model), "num_steps": 3, "max_sequence_length": 16, "lora": {"rank": 2, "alpha": 4}},
+        "rewards": [{"reward": {"type": "shapes", "strict": 0.0}}],
+        "algorithm": {
+            "type": "awm",
+            "levels": "uniform",
+            "num_levels": 2,
+            "num_minibatches": 1,
+            "reference_penalty": 0.1,
+            "slow_penalty": 0.0,
+        },
+        "train": {"groups": 2, "group_size": 4, "micro_batch_size": 8},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+
+    def make(**changes):
+        spec = {
+            "output": str(tmp_path / "benchmark"),
+            "base": str(tmp_path / "run.yaml"),
+            "methods": {"awm": {}, "flow_grpo": {"algorithm": {"type": "flow_grpo", "num_minibatches": 1, "kl_penalty": 0.0}}},
+            "seeds": [0, 1],
+            "budget": {"evaluations": 400},
+            "milestones": 2,
+            "suite": {"num_prompts": 6, "images_per_prompt": 2},
+            **changes,
+        }
+        path = tmp_path / "benchmark.yaml"
+        path.write_text(yaml.safe_dump(spec))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run cells here, which is much faster than starting an interpreter for each."""
+
+    class Done:
+        def __init__(self, command, **rest):
+            self.code = 0
+            try:
+                run_cell(study.Path(command[3]))
+            except Exception as error:
+                rest["stdout"].write(str(error).encode())
+                self.code = 1
+
+        def wait(self):
+            return self.code
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(study.subprocess, "Popen", Done)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {}}, "needed exactly one of evaluations, flops, seconds"),
+        ({"budget": {"flops": 1.0, "seconds": 1.0}}, "got flops and seconds"),
+        ({"budget": {"evaluations": -1}}, "needed a positive number"),
+        ({"methods": {}}, "methods: got none"),
+        ({"methods": {"a b": {}, "a_b": {}}}, "would share a folder"),
+        ({"methods": {"awm": {"train.learnin_rate": 1}}}, "methods.awm: .*did you mean 'learning_rate'"),
+        ({"methods": {"awm": {"base": "absent"}}}, "methods.awm: absent: no such file"),
+        ({"reference": "awn"}, "reference: got 'awn'"),
+        ({"seeds": [0, 0]}, "seeds: got"),
+        ({"search": {"grid": {"train.learning_rate": 1e-3}}}, "needed a list of values"),
+        ({"search": {"grid": {"train.learning_rate": [1e-3, 1e-4]}, "seed": 1}}, "a search on them would favour"),
+        ({"search": {"grid": {"train.learning_rate": [1e-3, -1.0]}}}, "methods.awm: .*learning_rate: got -1"),
+        ({"sede": [1]}, "did you mean 'seeds'"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_meant_is_refused_before_it_begins(write, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_benchmark(write(**changes), [])
+
+
+def test_seconds_are_measured_one_run_at_a_time(write):
+    with pytest.raises(ValueError, match="use --jobs 1"):
+        study.benchmark(str(write(budget={"seconds": 5})), jobs=2)
+
+
+def test_a_cell_s_folder_changes_with_whatever_changes_its_result(write):
+    config = load_benchmark(write(), [])
+    cell = config.final("awm", {}, 0)
+    others = [replace(cell, seed=1), replace(cell, amount=800.0), config.final("awm", {"train.groups": 3}, 0), replace(cell, milestones=3)]
+    assert len({folder_of(config, other) for other in [cell, *others]}) == 5
+    assert config.trials("awm") == []
+    assert len(config.bases()) == 1  # both methods sample alike before training
+    guided = load_benchmark(write(methods={"awm": {}, "guided": {"pipeline.guidance_scale": 4.0}}), [])
+    assert len(guided.bases()) == 2
+
+
+def test_a_cell_is_known_by_what_is_meant_and_not_by_how_it_is_written(write, tmp_path):
+    path = write()
+    cell = load_benchmark(path, []).final("awm", {}, 0)
+    spelled_out = load_benchmark(write(methods={"awm": {"train.groups": 2}}), []).final("awm", {}, 0)
+    assert spelled_out.name == cell.name
+    run = tmp_path / "run.yaml"
+    run.write_text(run.read_text().replace("num_levels: 2", "num_levels: 1"))
+    assert load_benchmark(write(), []).final("awm", {}, 0).name != cell.name
+
+
+def test_what_runs_spend_is_what_the_formulas_say_and_never_more_than_the_budget(write, in_process):
+    config = load_benchmark(write(), [])
+    study.benchmark(str(write()))
+    images, steps, levels = 8, 3, 2
+    each = {
+        "awm": (images * steps + images * levels, images * levels),  # sampling and the reference's pass; training
+        "flow_grpo": (images * steps, images * (steps - 1)),
+    }
+    for method, (sampled, trained) in each.items():
+        result = read_result(config, config.final(method, {}, 0))
+        spent, num = result["spent"], result["steps"]
+        assert (spent["rows_sampled"], spent["rows_trained"]) == (num * sampled, num * trained)
+        assert spent["evaluations"] == num * (sampled + 3 * trained) <= 400 < (num + 1) * (sampled + 3 * trained)
+        assert spent["flops"] == pytest.approx(spent["evaluations"] * spent["flops"] / spent["evaluations"])
+        assert [milestone["step"] for milestone in result["milestones"]][-1] == num
+        assert set(result["milestones"][-1]) >= {"strict", "graded", "velocity_distance", "diversity", "kernel_distance"}
+
+
+def test_flops_of_a_row_are_those_of_its_matrix_products(model):
+    import torch
+    from torch import nn
+
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    wrapped = nn.Module()
+    wrapped.network = network
+    wrapped.forward = lambda x: (network(x),)
+    meter = Meter(network=wrapped)
+    x = torch.zeros(5, 8)
+    with meter.attached():
+        wrapped(x)
+        with torch.no_grad():
+            wrapped(x[:2])
+        with meter.pause():
+            wrapped(x)
+    wrapped(x)
+    assert (meter.trained, meter.sampled) == (5, 2)
+    assert meter.flops_per_row == 2 * (8 * 16 + 16 * 4)
+    assert meter.flops == (3 * 5 + 2) * meter.flops_per_row
+
+
+def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in_process, capsys):
+    grid = {"train.learning_rate": [1e-4, 1e-2]}
+    path = write(search={"grid": grid, "share": 0.5}, target=0.9, seeds=[0, 1])
+    report = study.benchmark(str(path))
+    text = report.read_text()
+    assert "Score at the end of the budget" in text
+    assert "Strict score against compute" in text
+    assert "Strict score against drift" in text
+    shown = capsys.readouterr().out
+    assert shown.count("chosen |") == 2
+    assert "| awm | 0 of 2 |  |  |" in shown
+    config = load_benchmark(path, [])
+    cells = [cell for method in config.methods for cell in config.trials(method)]
+    rewards = [read_result(config, cell)["reward"] for cell in cells]
+    best = max(range(2), key=lambda k: rewards[k])
+    final = folder_of(config, config.final("awm", config.search.points()[best], 0))
+    assert len(read_evaluation(final / "records.jsonl").records) == 12
+    written = {path: path.stat().st_mtime_ns for path in config.output.rglob("result.json")}
+    assert len(written) == 1 + 4 + 4
+    study.benchmark(str(path))
+    assert written == {path: path.stat().st_mtime_ns for path in config.output.rglob("result.json")}
+    more = write(search={"grid": grid, "share": 0.5}, target=0.9, seeds=[0, 1, 2])
+    study.benchmark(str(more))
+    assert len(list(config.output.rglob("result.json"))) == 1 + 4 + 6
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_a_crashed_cell_loses_no_other_and_is_tried_again(write, in_process, monkeypatch, capsys):
+    path = write(seeds=[0])
+    config = load_benchmark(path, [])
+    broken = folder_of(config, config.final("awm", {}, 0))
+    kept = study.subprocess.Popen
+
+    def crash(command, **rest):
+        if command[3] == str(broken):
+            command = [*command[:3], str(broken / "absent")]
+        return kept(command, **rest)
+
+    monkeypatch.setattr(study.subprocess, "Popen", crash)
+    study.benchmark(str(path))
+    shown = capsys.readouterr().out
+    assert "Not finished: awm, seed 0" in shown
+    assert read_result(config, config.final("flow_grpo", {}, 0)) is not None
+    monkeypatch.setattr(study.subprocess, "Popen", kept)
+    study.benchmark(str(path))
+    assert read_result(config, config.final("awm", {}, 0)) is not None
+
+
+def test_a_method_whose_search_fails_is_left_out_and_named(write, in_process, monkeypatch, capsys):
+    path = write(seeds=[0], search={"grid": {"train.learning_rate": [1e-4, 1e-2]}, "share": 0.5})
+    config = load_benchmark(path, [])
+    broken = {str(folder_of(config, cell)) for cell in config.trials("awm")}
+    kept = study.subprocess.Popen
+    absent = str(folder_of(config, config.trials("awm")[0]) / "absent")
+    monkeypatch.setattr(
+        study.subprocess,
+        "Popen",
+        lambda command, **rest: kept([*command[:3], absent if command[3] in broken else command[3]], **rest),
+    )
+    study.benchmark(str(path))
+    shown = capsys.readouterr().out
+    assert "No trial of the search finished, so not run: awm." in shown
+    assert "| awm | 0 |" in shown
+    assert read_result(config, config.final("flow_grpo", {"train.learning_rate": 1e-2}, 0)) or read_result(
+        config, config.final("flow_grpo", {"train.learning_rate": 1e-4}, 0)
+    )
+
+
+def test_a_budget_below_one_step_is_refused(write, in_process, capsys):
+    path = write(budget={"evaluations": 10}, seeds=[0])
+    study.benchmark(str(path))
+    config = load_benchmark(path, [])
+    said = (folder_of(config, config.final("awm", {}, 0)) / "output.txt").read_text()
+    assert "one step costs 88 evaluations, more than the 10 there are" in said
+
+
+def test_a_cell_runs_in_an_interpreter_of_its_own(write):
+    path = write(seeds=[0], methods={"awm": {}}, budget={"evaluations": 100}, milestones=1)
+    study.benchmark(str(path))
+    result = json.loads(next(load_benchmark(path, []).output.glob("awm/*/result.json")).read_text())
+    assert result["steps"] == 1
+
+
+def test_the_price_of_a_score():
+    course = [
+        {"strict": 0.5, "spent": {"flops": 10.0}},
+        {"strict": 0.4, "spent": {"flops": 20.0}},
+        {"strict": 0.8, "spent": {"flops": 30.0}},
+    ]
+    assert price(course, 0.2, 0.35, "flops") == pytest.approx(5.0)
+    assert price(course, 0.2, 0.6, "flops") == pytest.approx(25.0)
+    assert price(course, 0.2, 0.9, "flops") is None
+    assert price(course, 0.4, 0.4, "flops") == 0.0
