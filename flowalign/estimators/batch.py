@@ -202,5 +202,8 @@ class AdvantageBatch:
     def __post_init__(self) -> None:
         """Guarantee finite output: anything else is a defect of a stage."""
         for name in ("advantage", "weight"):
-            # In float64 the sum of float32 numbers is finite exactly when all of them are.
-            assert bool(torch.isfinite(vars(self)[name].sum(dtype=torch.float64))), f"a stage produced a {name} that is not finite"
+            values = vars(self)[name]
+            # The extremes are finite exactly when all values are: both are NaN if any value is.
+            assert not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all()), (
+                f"a stage produced a {name} that is not finite"
+            )

@@ -62,9 +62,9 @@ class Estimator:
         Returns:
             Advantages in the order of the batch's rows, and the new state.
         """
-        order = torch.argsort(batch.sample_uid)
-        ordered = _reorder(batch, order)
-        rows = len(order)
+        order = None if bool((batch.sample_uid[1:] > batch.sample_uid[:-1]).all()) else torch.argsort(batch.sample_uid)
+        ordered = batch if order is None else _reorder(batch, order)
+        rows = len(batch.rewards)
         signal = Signal(
             x=ordered.rewards,
             sample=ordered.samples,
@@ -79,8 +79,8 @@ class Estimator:
             signal, after = stage.apply(signal, ordered, _state_of(stage, state, position))
             if after:
                 new[str(position)] = after
-        signal = signal.note(flat_groups=_share_of_flat_groups(ordered))
-        return (_spread if late else _collect)(signal, ordered, torch.argsort(order)), new
+        signal = signal.note(flat_groups=_share_of_flat_groups(signal, ordered))
+        return (_spread if late else _collect)(signal, ordered, None if order is None else torch.argsort(order)), new
 
 
 def _state_of(stage: Stage, state: Mapping[str, State], position: int) -> State:
@@ -98,33 +98,34 @@ def _state_of(stage: Stage, state: Mapping[str, State], position: int) -> State:
     return found
 
 
-def _share_of_flat_groups(batch: RewardBatch) -> float:
+def _share_of_flat_groups(signal: Signal, batch: RewardBatch) -> float:
     """Count the groups in which no reward differs: one meaning for every recipe, whatever it compares."""
+    for table, segmentation, stats in signal.known:
+        if table is batch.rewards and segmentation == "group":
+            return float(stats.is_flat().all(1).double().mean())
     return float(flat_segments(batch.rewards, batch.group, num=batch.num_groups).all(1).double().mean())
 
 
 def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
-    if torch.equal(order, torch.arange(len(order))):
-        return batch
     values = {item.name: vars(batch)[item.name] for item in fields(batch)}
     tables = {name: value[order] for name, value in values.items() if isinstance(value, Tensor)}
     tree = batch.tree and replace(batch.tree, leaf_of_sample=batch.tree.leaf_of_sample[order])
     return RewardBatch(**tables, tree=tree)
 
 
-def _spread(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
+def _spread(signal: Signal, batch: RewardBatch, back: Tensor | None) -> AdvantageBatch:
     """Repeat what the samples got for each of their steps; see ``_collect``."""
     keep = signal.keep & scored_samples(signal, batch)
-    mask = None if batch.step_mask is None else batch.step_mask[back]
 
     def table(values: Tensor, default: float) -> Tensor:
-        rows = torch.where(keep, values.float(), default)[back][:, None].expand(-1, batch.num_steps)
-        return rows.contiguous() if mask is None else torch.where(mask, rows, default)
+        rows = torch.where(keep, values.float(), default)[:, None].expand(-1, batch.num_steps)
+        rows = rows if batch.step_mask is None else torch.where(batch.step_mask, rows, default)
+        return rows.contiguous() if back is None else rows[back]
 
     return _result(signal, batch, keep, table, back)
 
 
-def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch:
+def _collect(signal: Signal, batch: RewardBatch, back: Tensor | None) -> AdvantageBatch:
     """Lay the rows out as ``[batch, T]`` in the caller's order; what could not be scored or is masked is 0."""
     num, steps = len(batch.rewards), batch.num_steps
     keep = signal.keep & scored_samples(signal, batch)
@@ -132,7 +133,6 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
     place = signal.sample * steps + signal.step  # one flat index is several times faster than a pair of them
     complete = len(place) == num * steps and torch.equal(place, torch.arange(num * steps))
     everything = bool(usable.all())
-    in_order = torch.equal(back, torch.arange(num))
 
     def table(values: Tensor, default: float) -> Tensor:
         # float32 is what the losses work in; all statistics before this line are float64.
@@ -140,17 +140,19 @@ def _collect(signal: Signal, batch: RewardBatch, back: Tensor) -> AdvantageBatch
         laid_out = rows if complete else torch.full((num * steps,), default).index_copy(0, place, rows)
         laid_out = laid_out.view(num, steps)
         laid_out = laid_out if everything else torch.where(usable, laid_out, default)
-        return laid_out if in_order else laid_out[back]
+        return laid_out if back is None else laid_out[back]
 
     return _result(signal, batch, keep, table, back)
 
 
-def _result(signal: Signal, batch: RewardBatch, keep: Tensor, table: Callable[[Tensor, float], Tensor], back: Tensor) -> AdvantageBatch:
+def _result(
+    signal: Signal, batch: RewardBatch, keep: Tensor, table: Callable[[Tensor, float], Tensor], back: Tensor | None
+) -> AdvantageBatch:
     rows = torch.nan_to_num(signal.x[:, 0], posinf=torch.inf, neginf=-torch.inf)
     for name, values in (("advantage", rows), ("weight", signal.weight)):
-        wrong = (values.abs() > torch.finfo(torch.float32).max).nonzero()
-        if len(wrong):
-            row = int(wrong[0, 0])
+        wrong = values.abs() > torch.finfo(torch.float32).max
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
             uid = int(batch.sample_uid[signal.sample[row]])
             raise ValueError(
                 f"the {name} of sample {uid} is {float(values[row]):g}, which float32 cannot hold; rescale the rewards, their weights or the "
@@ -161,7 +163,7 @@ def _result(signal: Signal, batch: RewardBatch, keep: Tensor, table: Callable[[T
     return AdvantageBatch(
         advantage=advantage,
         weight=table(signal.weight, 0.0),
-        keep=keep[back],
+        keep=keep if back is None else keep[back],
         target=None if signal.target is None else table(signal.target, 1.0),
         stats=stats,
     )

@@ -45,7 +45,7 @@ def divisor(variance: Tensor, *, eps: float, rule: Rule) -> Tensor:
 
 def quotient(x: Tensor, by: Tensor) -> Tensor:
     """Divide; by 0, as it may be with eps 0, gives 0: what has no spread has no contrast."""
-    return torch.where((x == 0) | (by == 0), torch.where(torch.isnan(x), x, 0.0), x / by)
+    return x / torch.where(by == 0, torch.inf, by)
 
 
 @stage

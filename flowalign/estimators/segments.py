@@ -70,19 +70,19 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *
         [0.0, 2.0]
     """
     index, num = compact(key) if num is None else (key, num)
+    reduce = _Reduction(index, num)
     known = ~torch.isnan(x)
     complete = bool(known.all())
     filled = x if complete else torch.where(known, x, 0.0)
-    size = torch.bincount(index, minlength=num)[:, None].to(x.dtype)
-    count = size.expand(num, x.shape[1]) if complete else _sums(known.to(x.dtype), index, num)
-    mean = _sums(filled, index, num) / count
+    count = reduce.size[:, None].to(x.dtype).expand(num, x.shape[1]) if complete else reduce(known.to(x.dtype), "sum")
+    mean = reduce(filled, "sum") / count
     # Two passes with Bjorck's correction: a naive sum of squares loses the std of 1e4 +- 1e-3 rewards.
     deviation = filled - mean.index_select(0, index)
     deviation = deviation if complete else torch.where(known, deviation, 0.0)
-    drift = _sums(deviation, index, num)
-    m2 = _sums(deviation.square(), index, num) - drift.square() / count.clamp(min=1)
-    low = _extremes(x if complete else torch.where(known, x, torch.inf), index, size, "min")
-    high = _extremes(x if complete else torch.where(known, x, -torch.inf), index, size, "max")
+    drift = reduce(deviation, "sum")
+    m2 = reduce(deviation.square(), "sum") - drift.square() / count.clamp(min=1)
+    low = reduce(x if complete else torch.where(known, x, torch.inf), "min")
+    high = reduce(x if complete else torch.where(known, x, -torch.inf), "max")
     return SegmentStats(index=index, count=count, mean=mean, m2=m2.clamp(min=0), minimum=low, maximum=high)
 
 
@@ -94,9 +94,9 @@ def flat_segments(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *
         key: Segment of each row, numbered from 0 without a gap.
         num: Number of segments.
     """
-    size = torch.bincount(key, minlength=num)[:, None].to(x.dtype)
-    low = _extremes(torch.where(torch.isnan(x), torch.inf, x), key, size, "min")
-    high = _extremes(torch.where(torch.isnan(x), -torch.inf, x), key, size, "max")
+    reduce, unknown = _Reduction(key, num), torch.isnan(x)
+    low = reduce(torch.where(unknown, torch.inf, x), "min")
+    high = reduce(torch.where(unknown, -torch.inf, x), "max")
     return high - low <= RTOL * torch.maximum(low.abs(), high.abs())  # nothing scored: -inf; one value: 0
 
 
@@ -216,19 +216,23 @@ def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
     return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
 
 
-def _sums(x: Tensor, index: Tensor, num: int) -> Tensor:
-    """Add up each segment in the order of its rows; a single column by counting, which is faster."""
-    if x.shape[1] == 1:
-        return torch.bincount(index, weights=x[:, 0], minlength=num)[:, None]
-    return x.new_zeros(num, x.shape[1]).index_add(0, index, x)
+class _Reduction:
+    """Reduce the rows of each segment, in the order of the rows; of segments in sorted rows several times faster, with the same bits."""
 
+    def __init__(self, index: Tensor, num: int) -> None:
+        """Take the segment of each row, numbered from 0 without a gap, and the number of segments."""
+        self.index = index
+        self.size = torch.bincount(index, minlength=num)
+        self.is_sorted = bool((index[1:] >= index[:-1]).all())
 
-def _extremes(x: Tensor, index: Tensor, size: Tensor, which: Literal["min", "max"]) -> Tensor:
-    """Take the least or the largest value of each segment; of segments in sorted rows several times faster."""
-    if bool((index[1:] >= index[:-1]).all()):
-        return torch.segment_reduce(x, which, lengths=size[:, 0].to(torch.int64), axis=0, unsafe=True)
-    start = x.new_full((len(size), x.shape[1]), torch.inf if which == "min" else -torch.inf)
-    return start.scatter_reduce(0, index[:, None].expand_as(x), x, f"a{which}")
+    def __call__(self, x: Tensor, how: Literal["sum", "min", "max"]) -> Tensor:
+        """Reduce ``[rows, rewards]`` to ``[segments, rewards]``; nothing gives 0, inf or -inf."""
+        if self.is_sorted:
+            return torch.segment_reduce(x, how, lengths=self.size, axis=0, unsafe=True)
+        start = x.new_full((len(self.size), x.shape[1]), {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[how])
+        if how == "sum":
+            return start.index_add(0, self.index, x)
+        return start.scatter_reduce(0, self.index[:, None].expand_as(x), x, f"a{how}")
 
 
 def compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
