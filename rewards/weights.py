@@ -36,6 +36,10 @@ def pretrained(load: Callable[..., Any], name: str, where: str, **options: Any) 
         raise FileNotFoundError(
             f"{where}: {name!r} is neither a folder with the needed files nor in the hub's cache ({reason}); run: hf download {name}"
         ) from error
+    except RuntimeError as error:  # sizes that do not fit the configuration beside them
+        raise ValueError(
+            f"{where}: {name!r} holds weights of other sizes than its config.json says ({str(error).splitlines()[0]})"
+        ) from error
     if isinstance(loaded, tuple):
         model, info = loaded
         missing = sorted(info["missing_keys"])

@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_score(reward):
     def at(shift):
         with torch.enable_grad():
             moved = (images.detach() + shift * direction).clamp(0, 1).requires_grad_()
-            return float(reward(moved, PROMPTS[:1], [{}]))
+            return float(reward(moved, PROMPTS[:1], [{}]).detach())
 
     assert (at(step) - at(-step)) / (2 * step) == pytest.approx(float((images.grad * direction).sum()), rel=0.05)
 
