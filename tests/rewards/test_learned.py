@@ -110,8 +110,8 @@ def test_hps_is_the_cosine_on_padded_images(hps, size):
     model, reward = hps
     images = tiny.pictures(3, *size)
     wanted = [published_hps(model, picture, prompt) for picture, prompt in zip(pixels.pictures(images), PROMPTS, strict=True)]
-    assert reward(images, PROMPTS, [{}] * 3).tolist() == pytest.approx(wanted, abs=2e-3)
-    assert max(wanted) - min(wanted) > 0.02
+    assert reward(images, PROMPTS, [{}] * 3).tolist() == pytest.approx(wanted, abs=1e-3)
+    assert max(wanted) - min(wanted) > 0.01
 
 
 def test_hps_refuses_weights_of_another_architecture(hps, tmp_path):
