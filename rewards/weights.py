@@ -19,11 +19,11 @@ def device_of(name: str | None) -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
-def pretrained(load: Callable[..., Any], name: str, where: str, **options: Any) -> Any:
+def pretrained(load: Callable[..., Any], name: str, where: str, *, unneeded: tuple[str, ...] = (), **options: Any) -> Any:
     """Load a model, tokenizer or processor through its ``from_pretrained``.
 
     A network is refused when weights of it are missing in the files: transformers would fill them with random numbers, and so would
-    the scores be.
+    the scores be. ``unneeded`` names beginnings of weights that play no part in a score.
 
     Raises:
         FileNotFoundError: If the files are not there, with the command that gets them.
@@ -42,7 +42,7 @@ def pretrained(load: Callable[..., Any], name: str, where: str, **options: Any) 
         ) from error
     if isinstance(loaded, tuple):
         model, info = loaded
-        missing = sorted(info["missing_keys"])
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(unneeded))
         if missing:
             raise ValueError(
                 f"{where}: {name!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]!r}; it is another kind of model"
@@ -51,9 +51,9 @@ def pretrained(load: Callable[..., Any], name: str, where: str, **options: Any) 
     return loaded
 
 
-def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, device: torch.device) -> Any:
+def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, device: torch.device, unneeded: tuple[str, ...] = ()) -> Any:
     """Load a network for scoring: evaluation mode, frozen, on its device; see :func:`pretrained`."""
-    model = pretrained(load, name, where, dtype=getattr(torch, dtype), output_loading_info=True)
+    model = pretrained(load, name, where, unneeded=unneeded, dtype=getattr(torch, dtype), output_loading_info=True)
     return model.eval().requires_grad_(False).to(device)
 
 
