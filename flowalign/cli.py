@@ -61,13 +61,28 @@ def _parser() -> argparse.ArgumentParser:
         "flowalign evaluate shapes --lora runs/demo/run",
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
-    evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
+    evaluate.add_argument("--suite", default="shapes", help="benchmark suite: shapes, geneval or prompts")
+    evaluate.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="prompts: a .txt or .jsonl file")
+    evaluate.add_argument(
+        "--reward",
+        action="append",
+        default=None,
+        metavar="TYPE",
+        help="prompts: a reward, as 'clip_score' or '{type: clip_score, model: FOLDER}'",
+    )
+    evaluate.add_argument("--detector", default=None, metavar="MODEL", help="geneval: folder or hub id of a Mask2Former for COCO instances")
+    evaluate.add_argument("--clip", default=None, metavar="MODEL", help="geneval: folder or hub id of the CLIP that names colours")
+    evaluate.add_argument("--split", default=None, help="geneval: official, train, unseen or all; shapes: heldout or train")
+    evaluate.add_argument("--resolution", type=float, default=0.02, help="difference of scores that a comparison should resolve")
     evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
     evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
     evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
     evaluate.add_argument(
-        "--num-prompts", type=_positive, default=300, help="number of prompts, the tags in equal shares as far as they go"
+        "--num-prompts",
+        type=_positive,
+        default=None,
+        help="number of prompts, the tags in equal shares as far as they go; all of them where not given (shapes: 300)",
     )
     evaluate.add_argument("--images-per-prompt", type=_positive, default=4, help="images of each prompt")
     evaluate.add_argument(
@@ -94,6 +109,28 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
     pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
     pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
+
+    geneval = add(
+        "geneval", "make GenEval-style prompts, or convert GenEval's detector", "flowalign geneval prompts --split unseen --num 500"
+    )
+    works = geneval.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = works.add_parser("prompts", help="write prompts as a .jsonl file", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--split", default="official", help="official (553), train or unseen (objects apart), or all")
+    made.add_argument("--num", type=_positive, default=1000, help="number of prompts; of 'official' always all")
+    made.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    made.add_argument("--output", type=Path, default=Path("geneval.jsonl"), help="file to write")
+    turned = works.add_parser("convert", help="turn the original mmdet checkpoint into a folder for --detector")
+    turned.add_argument("checkpoint", type=Path, metavar="FILE", help="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_*.pth")
+    turned.add_argument("--output", type=Path, required=True, help="folder to write")
+
+    serve = add("serve-reward", "serve rewards to runs on other machines", "flowalign serve-reward clip_score jpeg_size --port 8100")
+    serve.add_argument("rewards", nargs="+", metavar="TYPE", help="a reward, as 'clip_score' or '{type: clip_score, model: FOLDER}'")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a token")
+    serve.add_argument("--port", type=int, default=8100, help="port")
+    serve.add_argument("--token-variable", default="FLOWALIGN_REWARD_TOKEN", metavar="NAME", help="environment variable with the token")
+    serve.add_argument("--max-batch", type=_positive, default=32, help="images scored together")
+    serve.add_argument("--max-wait-ms", type=float, default=5.0, help="how long a request waits for others")
+    serve.add_argument("--max-queue", type=_positive, default=1024, help="images that may wait; beyond, clients are asked to come back")
 
     listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
     listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
@@ -122,6 +159,21 @@ def _dispatch(options: argparse.Namespace) -> None:
         steps = {} if options.steps is None else {"steps": options.steps}
         print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
         return
+    if options.command == "serve-reward":
+        from flowalign.serve import ServeConfig, serve, token_of
+
+        sizes = {"max_batch": options.max_batch, "max_wait_ms": options.max_wait_ms, "max_queue": options.max_queue}
+        serve(options.rewards, ServeConfig(host=options.host, port=options.port, token=token_of(options.token_variable), **sizes))
+        return
+    if options.command == "geneval":
+        from flowalign.rewards.geneval_convert import convert_file
+        from flowalign.suite_options import write_geneval_prompts
+
+        if options.action == "convert":
+            convert_file(options.checkpoint, options.output)
+        else:
+            write_geneval_prompts(options.output, options.split, num=options.num, seed=options.seed)
+        return
     _run(options)
 
 
@@ -147,6 +199,8 @@ def _run(options: argparse.Namespace) -> None:
             num_prompts=options.num_prompts,
             images_per_prompt=options.images_per_prompt,
             num_steps=options.num_steps,
+            resolution=options.resolution,
+            options={name: getattr(options, name) for name in ("prompts", "reward", "detector", "clip", "split")},
         )
     else:
         from flowalign.generate import sample

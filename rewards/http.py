@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ class Client:
     def __post_init__(self) -> None:
         """Open the client; connections are made when they are needed."""
         self._http = require("httpx", "serve").Client(trust_env=False, follow_redirects=False)
+        weakref.finalize(self, self._http.close)
         self._first = 0
 
     def post(self, path: str, body: bytes, content_type: str, *, check: Callable[[Answer], Any] = lambda answer: answer) -> Any:
@@ -98,7 +100,9 @@ class Client:
             except Refused:
                 raise
             except (ValueError, OSError, require("httpx", "serve").HTTPError) as error:
-                last[server] = f"{type(error).__name__}: {error}"[:300]
+                # What is cut off by the deadline says less than why it was asked again.
+                if server not in last or time.monotonic() < end:
+                    last[server] = f"{type(error).__name__}: {error}"[:300]
             attempt += 1
             if attempt % len(self.servers) == 0:
                 rounds = attempt // len(self.servers)
