@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     turned.add_argument("checkpoint", type=Path, metavar="FILE", help="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_*.pth")
     turned.add_argument("--output", type=Path, required=True, help="folder to write")
 
+    report = add(
+        "report", "write the report of one run, or of several side by side", "flowalign report runs/mine runs/other --output both.html"
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
+    report.add_argument("--output", type=Path, default=None, help="HTML file; report.html in the first run's folder where not given")
+
     serve = add("serve-reward", "serve rewards to runs on other machines", "flowalign serve-reward clip_score jpeg_size --port 8100")
     serve.add_argument("rewards", nargs="+", metavar="TYPE", help="a reward, as 'clip_score' or '{type: clip_score, model: FOLDER}'")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a token")
@@ -158,6 +164,11 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         steps = {} if options.steps is None else {"steps": options.steps}
         print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
+        return
+    if options.command == "report":
+        from flowalign.run_report import report_runs
+
+        print(f"written: {report_runs(options.runs, options.output)}")
         return
     if options.command == "serve-reward":
         from flowalign.serve import ServeConfig, serve, token_of
