@@ -5,98 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-Add = Callable[[str, str, str], argparse.ArgumentParser]
+from flowalign.commands import measuring, tools, training
 
-KINDS = ("pipelines", "rewards", "algorithms", "estimators")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, needed at least 1")
-    return value
-
-
-def _add_demo(add: Add) -> None:
-    demo = add(
-        "demo",
-        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
-        "flowalign demo --output runs/demo",
-    )
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
-    demo.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
-
-
-def _add_train(add: Add) -> None:
-    train = add(
-        "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
-    )
-    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
-    train.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
-    )
-
-
-def _add_evaluate(add: Add) -> None:
-    evaluate = add(
-        "evaluate",
-        "score a model on a suite with 95 %% intervals, alone or against another",
-        "flowalign evaluate shapes --lora runs/demo/run",
-    )
-    evaluate.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes' for the shipped pipeline")
-    evaluate.add_argument("--suite", default="shapes", help="benchmark suite")
-    evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
-    evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
-    evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    evaluate.add_argument(
-        "--num-prompts", type=_positive, default=300, help="number of prompts, the tags in equal shares as far as they go"
-    )
-    evaluate.add_argument("--images-per-prompt", type=_positive, default=4, help="images of each prompt")
-    evaluate.add_argument(
-        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
-    )
-
-
-def _add_benchmark(add: Add) -> None:
-    compare = add(
-        "benchmark",
-        "compare methods at equal compute over several seeds; the same command goes on",
-        "flowalign benchmark benchmark_shapes --jobs 2",
-    )
-    compare.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
-    compare.add_argument("--jobs", type=_positive, default=1, help="runs at a time")
-    compare.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads of each; equal shares where not given")
-    compare.usage = "flowalign benchmark CONFIG [--jobs JOBS] [--threads N] [--field value ...]"
-
-
-def _add_sample(add: Add) -> None:
-    sample = add("sample", "write a labelled grid of samples", "flowalign sample shapes 'a photo of a red ring' --lora runs/demo/run")
-    sample.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="one row of the grid each")
-    sample.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load")
-    sample.add_argument("--output", type=Path, default=Path("samples.png"), help="PNG file")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    sample.add_argument("--num-images", type=_positive, default=4, help="images of each prompt")
-    sample.add_argument(
-        "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
-    )
-
-
-def _add_shapes(add: Add) -> None:
-    world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
-    actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
-    pretrain = actions.add_parser(
-        "pretrain", help="pretrain the shapes pipeline; the same command resumes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
-    pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
-    pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
-    pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
+COMMANDS = (
+    training.add_demo,
+    training.add_train,
+    measuring.add_evaluate,
+    training.add_benchmark,
+    measuring.add_sample,
+    measuring.add_report,
+    training.add_shapes,
+    tools.add_geneval,
+    tools.add_serve_reward,
+    tools.add_list,
+    tools.add_env,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.set_defaults(takes_fields=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -119,93 +45,21 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    _add_demo(add)
-    _add_train(add)
-    _add_evaluate(add)
-    _add_benchmark(add)
-    _add_sample(add)
-    _add_shapes(add)
-    listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
-    listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
-    add("env", "print versions and devices for a bug report", "flowalign env")
+    for add_command in COMMANDS:
+        add_command(add)
     return parser
-
-
-def _dispatch(options: argparse.Namespace) -> None:
-    if options.command == "list":
-        from flowalign.plugins import available
-
-        for kind in [options.kind] if options.kind else KINDS:
-            rows = available(kind)
-            width = max(map(len, rows), default=0)
-            print(f"{kind}:")
-            print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in rows.items()))
-        return
-    if options.command == "env":
-        from flowalign.env import table
-
-        print(table())
-        return
-    if options.command == "shapes":
-        from flowalign.shapes.pretrain import PretrainConfig, pretrain
-
-        steps = {} if options.steps is None else {"steps": options.steps}
-        print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
-        return
-    _run(options)
-
-
-def _run(options: argparse.Namespace) -> None:
-    if options.command == "demo":
-        from flowalign.demo import demo
-
-        demo(options.output, seed=options.seed, threads=options.threads)
-    elif options.command == "train":
-        from flowalign.run import train
-
-        train(options.config, options.overrides)
-    elif options.command == "benchmark":
-        from flowalign.benchmark.study import benchmark
-
-        benchmark(options.config, options.unknown, jobs=options.jobs, threads=options.threads)
-    elif options.command == "evaluate":
-        from flowalign.generate import evaluate
-
-        evaluate(
-            options.model,
-            suite_name=options.suite,
-            lora=options.lora,
-            against=options.against,
-            output=options.output,
-            seed=options.seed,
-            num_prompts=options.num_prompts,
-            images_per_prompt=options.images_per_prompt,
-            num_steps=options.num_steps,
-        )
-    else:
-        from flowalign.generate import sample
-
-        sample(
-            options.model,
-            options.prompts,
-            lora=options.lora,
-            output=options.output,
-            seed=options.seed,
-            num_images=options.num_images,
-            num_steps=options.num_steps,
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
-    options.unknown = unknown
-    if unknown and options.command != "benchmark":  # whose other words are fields of its configuration
+    if unknown and not options.takes_fields:  # otherwise they are fields of a configuration
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.fields = unknown
     sys.path.append(os.getcwd())  # so that `type: my_package.my_reward` finds a module of the folder one works in
     try:
-        _dispatch(options)
+        options.run(options)
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation, compare, table
+from flowalign.evaluate.statistics import verdict
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import find_config, load_config
+from flowalign.suite_options import suite_options
 
 
 def generator_of(
@@ -132,12 +134,18 @@ def evaluate(
     against: str | None = None,
     output: Path | None = None,
     seed: int = 0,
-    num_prompts: int | None = 300,
+    num_prompts: int | None = None,
     images_per_prompt: int = 4,
     num_steps: int | None = None,
+    resolution: float = 0.02,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``."""
-    chosen = suite(suite_name, num_prompts=num_prompts, images_per_prompt=images_per_prompt)
+    """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``.
+
+    ``options`` are those of :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts".
+    """
+    sizes = {"num_prompts": num_prompts, "images_per_prompt": images_per_prompt}
+    chosen = suite(suite_name, **{**sizes, **suite_options(suite_name, num_prompts, options or {})})
     settings, evaluated = open_model(model, lora, num_steps=num_steps)
     tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
     result: dict[str, Any] = tuned.summary()
@@ -148,12 +156,16 @@ def evaluate(
         base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
     elif lora is not None:
         base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
+    found = {} if base is None else compare(base, tuned)
     if base is not None:
-        differences = {measure: found.as_dict() for measure, found in compare(base, tuned).items()}
+        differences = {measure: difference.as_dict() for measure, difference in found.items()}
         result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
-    for measure in ("strict", "graded"):
+        result["verdict"] = {measure: verdict(difference, resolution=resolution) for measure, difference in found.items()}
+    for measure in found or tuned.measures():
         print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps, seed {seed}")
         print(table(base or tuned, tuned if base else None, measure=measure))
+        if measure in found:
+            print(f"verdict: {result['verdict'][measure]}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         tuned.write(output / "records.jsonl")

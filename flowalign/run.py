@@ -9,17 +9,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import Tensor
+from tqdm import tqdm
 
 from flowalign import config as configuration
 from flowalign import data, estimators, images
 from flowalign.config import ConfigError
+from flowalign.evaluate import monitors
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
 from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
+from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
 
 
@@ -132,8 +136,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         accelerator.wait_for_everyone()
         if config.train.trackers:
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
-        if config.train.sample_every:
-            trainer.after_step = _sample_grids(config, accelerator)
+        trainer.after_step = _after_step(config, accelerator)
         trainer.fit(config.steps)
         if accelerator.is_main_process:
             trainer.pipeline.save(config.output / "weights", trainer.result)  # type: ignore[attr-defined]
@@ -169,15 +172,40 @@ def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value if isinstance(value, int | float | str | bool) else str(value)}
 
 
-def _sample_grids(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], Tensor], None]:
-    def write(line: dict[str, Any], made: Tensor) -> None:
-        if accelerator.is_main_process and line["step"] % config.train.sample_every == 0:
+def _after_step(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], Tensor], None]:
+    """Return what a step ends with: monitors into its line, alarms onto the terminal, and a grid of samples where one is due."""
+    log = config.output / "log.jsonl"
+    lines: list[dict[str, Any]] = []
+    told: set[str] = set()
+    trained = {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
+
+    def watch(line: dict[str, Any], made: Tensor) -> None:
+        if not lines:
+            lines.extend(earlier for earlier in read_log(log) if earlier["step"] < line["step"])
+        rows = monitors.features(made)
+        if accelerator.num_processes > 1:
+            everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()
+            # Rank r holds rows r, r + world, ...
+            rows = everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
+        line["monitor"] = monitors.summarise(rows, torch.arange(len(rows)) // max(1, len(rows) // config.train.groups))
+        lines.append(line)
+        mine = [name for name in line["reward"] if name.split("/")[0] in trained]
+        held_out = [name for name in (*line.get("metric", ()), *line["reward"]) if name not in mine]
+        found = monitors.alarms(lines, mine, held_out)
+        if found:
+            line["alarm"] = [alarm.text for alarm in found]
+        for alarm in found:
+            if alarm.monitor not in told and accelerator.is_main_process:
+                tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (a sign of reward hacking; look at samples and held-out rewards)")
+            told.add(alarm.monitor)
+        if config.train.sample_every and accelerator.is_main_process and line["step"] % config.train.sample_every == 0:
             columns = min(config.train.group_size, len(made))
             picture = images.grid(made[: 4 * columns].cpu(), columns)
             images.save_png(picture, config.output / "samples" / f"step_{line['step']:06d}.png")
 
-    (config.output / "samples").mkdir(parents=True, exist_ok=True)
-    return write
+    if config.train.sample_every:
+        (config.output / "samples").mkdir(parents=True, exist_ok=True)
+    return watch
 
 
 def train(name: str, overrides: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from flowalign import config as configuration
-from flowalign import data, shapes
+from flowalign import data, plugins, shapes
 from flowalign.config import ConfigError, Plugin
 from flowalign.train.journal import write_atomically
 from flowalign.train.settings import TrainConfig
@@ -71,7 +72,7 @@ class RewardConfig:
     """One reward of a run.
 
     Attributes:
-        reward: The plugin.
+        reward: The plugin, or in Python a plain function ``f(prompts, images, **columns)``.
         weight: Weight in the sum of rewards; 0 only logs it.
         may_skip: NaN means "not computed" instead of being an error.
     """
@@ -81,7 +82,9 @@ class RewardConfig:
     may_skip: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse negative weights."""
+        """Take a plain function as a plugin, and refuse negative weights."""
+        if inspect.isfunction(self.reward):
+            object.__setattr__(self, "reward", plugins.of_function(self.reward)())
         if self.weight < 0:
             raise ValueError(
                 f"weight: must not be negative, got {self.weight} (to penalise, negate the reward and keep the weight positive)"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from flowalign.evaluate.scores import Difference, Interval, Scores
 from flowalign.evaluate.statistics import bootstrap, paired_difference
 
-Measure = Literal["strict", "graded"]
-MEASURES: tuple[Measure, ...] = ("strict", "graded")
+Measure = str
+MEASURES: tuple[Measure, ...] = ("strict", "graded")  # of a suite with verdicts; rewards add theirs by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,9 @@ class Record:
         tag: Kind of the prompt.
         meaning: Equal for prompts that ask for the same thing; None where the suite does not know.
         k: Number of the image among those of its prompt, from 0.
-        strict: Whether everything is right.
-        graded: Partial credit in [0, 1].
+        strict: Whether everything is right; None where the suite gives no verdict.
+        graded: Partial credit in [0, 1]; None likewise.
+        scores: Further scores by name; None where one could not be computed.
         clauses: Which of the prompt's sub-checks hold, by name.
         reason: Why the image failed; empty where it passed.
     """
@@ -38,8 +39,9 @@ class Record:
     tag: str
     meaning: str | None = None
     k: int
-    strict: bool
-    graded: float
+    strict: bool | None = None
+    graded: float | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)
     clauses: dict[str, bool] = field(default_factory=dict)
     reason: str = ""
 
@@ -61,9 +63,20 @@ class Evaluation:
     images: Tensor | None = field(default=None, repr=False)
 
     def scores(self, measure: Measure = "strict") -> Scores:
-        """Return the scores of a measure, with intervals."""
-        ids, tags = [record.id for record in self.records], [record.tag for record in self.records]
-        return bootstrap(_values(self.records, measure), ids, tags)
+        """Return the scores of a measure, with intervals; images whose score could not be computed are left out.
+
+        Raises:
+            ValueError: If no image has this score.
+        """
+        valued = [(record, value) for record, value in zip(self.records, _values(self.records, measure), strict=True) if value is not None]
+        if not valued:
+            raise ValueError(f"{self.suite}: no image has a score {measure!r}; there are {', '.join(self.measures()) or 'none'}")
+        return bootstrap([value for _, value in valued], [record.id for record, _ in valued], [record.tag for record, _ in valued])
+
+    def measures(self) -> tuple[Measure, ...]:
+        """Return the names of the measures that some image has."""
+        names = [*MEASURES, *dict.fromkeys(name for record in self.records for name in record.scores)]
+        return tuple(name for name in names if any(value is not None for value in _values(self.records, name)))
 
     def tags(self) -> list[str]:
         """Return the tags in the suite's order."""
@@ -78,15 +91,20 @@ class Evaluation:
         return {tag: len(found) for tag, found in sorted(meanings.items())}
 
     def summary(self) -> dict[str, Any]:
-        """Return the scores as JSON: ``strict`` and ``graded``, each ``overall``, ``micro`` and ``per_tag``, and the sizes."""
-        scores = self.scores()
+        """Return the scores as JSON: each measure's ``overall``, ``micro`` and ``per_tag``, and the sizes.
+
+        ``num_invalid`` counts the images without a score, of measures that have some.
+        """
+        measures = {measure: self.scores(measure) for measure in self.measures()}
+        tags = self.tags()
+        invalid = {measure: sum(value is None for value in _values(self.records, measure)) for measure in measures}
         return {
-            "strict": scores.as_dict(),
-            "graded": self.scores("graded").as_dict(),
+            **{measure: scores.as_dict() for measure, scores in measures.items()},
             "suite": self.suite,
             "seed": self.seed,
-            "num_prompts": scores.num_prompts,
-            "num_images": scores.num_images,
+            "num_prompts": {tag: len({record.id for record in self.records if record.tag == tag}) for tag in tags},
+            "num_images": {tag: sum(record.tag == tag for record in self.records) for tag in tags},
+            "num_invalid": {measure: num for measure, num in invalid.items() if num},
             "num_meanings": self.num_meanings(),
         }
 
@@ -118,30 +136,37 @@ def read_evaluation(path: str | Path) -> Evaluation:
 
 
 def compare(base: Evaluation, tuned: Evaluation) -> dict[Measure, Difference]:
-    """Compare two models on the same prompts and noise: tuned minus base, for each measure.
+    """Compare two models on the same prompts and noise: tuned minus base, for each measure that both have.
+
+    Pairs of which one score could not be computed are left out.
 
     Raises:
         ValueError: If the two were not evaluated on the same suite, seed, prompts and images.
     """
-    return {measure: compare_runs([(base, tuned)], measure=measure) for measure in MEASURES}
+    both = [measure for measure in base.measures() if measure in tuned.measures()]
+    return {measure: compare_runs([(base, tuned)], measure=measure) for measure in both}
 
 
 def compare_runs(pairs: Sequence[tuple[Evaluation, Evaluation]], *, measure: Measure = "strict") -> Difference:
     """Compare pairs of models, for example one of each training seed: second minus first over all, clustered by prompt.
 
-    The interval is over prompts and does not cover new training seeds.
+    The interval is over prompts and does not cover new training seeds. Images of which one score could not be computed are left out.
 
     Args:
         pairs: Two models on the same prompts and noise each.
         measure: Which score.
 
     Raises:
-        ValueError: If the two of a pair were not evaluated on the same suite, seed, prompts and images.
+        ValueError: If the two of a pair were not evaluated on the same suite, seed, prompts and images, or no image has both scores.
     """
     partners = [_partners(base, tuned) for base, tuned in pairs]
     first, second = ([record for pair in partners for record in pair[side]] for side in (0, 1))
-    ids, tags = [record.id for record in first], [record.tag for record in first]
-    return paired_difference(_values(first, measure), _values(second, measure), ids, tags)
+    rows = zip(first, _values(first, measure), _values(second, measure), strict=True)
+    known = [(record, one, two) for record, one, two in rows if one is not None and two is not None]
+    if not known:
+        raise ValueError(f"compare: no image has a score {measure!r} under both models")
+    ids, tags = [record.id for record, _, _ in known], [record.tag for record, _, _ in known]
+    return paired_difference([one for _, one, _ in known], [two for _, _, two in known], ids, tags)
 
 
 def _partners(base: Evaluation, tuned: Evaluation) -> tuple[list[Record], list[Record]]:
@@ -201,9 +226,9 @@ def _aligned(rows: Sequence[Sequence[str]], *, num_right: int) -> str:
     return "\n".join(lines)
 
 
-def _values(records: Sequence[Record], measure: Measure) -> list[float]:
-    fields: Mapping[Measure, list[float]] = {
-        "strict": [float(record.strict) for record in records],
-        "graded": [record.graded for record in records],
-    }
-    return fields[measure]
+def _values(records: Sequence[Record], measure: Measure) -> list[float | None]:
+    if measure == "strict":
+        return [None if record.strict is None else float(record.strict) for record in records]
+    if measure == "graded":
+        return [record.graded for record in records]
+    return [record.scores.get(measure) for record in records]

@@ -209,8 +209,8 @@ def comparisons(base: Evaluation, tuned: Evaluation, *, prompts_per_tag: int = 2
                     prompt=base.records[chosen[0]].prompt,
                     base=base.images[chosen],
                     tuned=tuned.images[chosen],
-                    base_passed=[base.records[row].strict for row in chosen],
-                    tuned_passed=[tuned.records[row].strict for row in chosen],
+                    base_passed=[bool(base.records[row].strict) for row in chosen],
+                    tuned_passed=[bool(tuned.records[row].strict) for row in chosen],
                 )
             )
     return result

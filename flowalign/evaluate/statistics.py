@@ -116,6 +116,30 @@ def paired_difference(
     )
 
 
+def verdict(difference: Difference, *, resolution: float) -> str:
+    """Say in words what a paired difference shows, and how many images would show one of ``resolution``.
+
+    The number scales the interval at hand with the square root of the number of prompts, at as many images a prompt.
+
+    Raises:
+        ValueError: If the resolution is not positive.
+    """
+    if not resolution > 0:
+        raise ValueError(f"resolution: got {resolution}, needed a positive difference of scores")
+    found = difference.overall
+    if found.low is None or found.high is None:
+        return f"undecided: {found.mean:+.3f}, but a tag with one prompt allows no interval; evaluate more prompts"
+    if found.low > 0 or found.high < 0:
+        word = "better" if found.low > 0 else "worse"
+        said = f"{word}: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], sign-flip p = {difference.p_value:.4f}"
+    else:
+        said = f"undecided: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] covers 0, sign-flip p = {difference.p_value:.4f}"
+    num = sum(difference.num_images.values())
+    half = (found.high - found.low) / 2
+    wanted = max(math.ceil(num * (half / resolution) ** 2), 1)
+    return f"{said}; {num} images resolve +-{half:.3f}, and +-{resolution:g} needs about {wanted} (more prompts of the same kinds)"
+
+
 def seed_spread(values: Sequence[float]) -> Spread:
     """Return the mean and the range of a score over training seeds, which no interval over images covers.
 

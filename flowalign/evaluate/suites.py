@@ -42,10 +42,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What a suite says of one image."""
+    """What a suite says of one image; see :class:`flowalign.evaluate.records.Record`."""
 
-    strict: bool
-    graded: float
+    strict: bool | None = None
+    graded: float | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)
     clauses: dict[str, bool] = field(default_factory=dict)
     reason: str = ""
 
@@ -127,17 +128,26 @@ class ShapesSuite:
 
 def names() -> list[str]:
     """Return the names that :func:`suite` knows."""
-    return ["shapes"]
+    return ["shapes", "geneval", "prompts"]
 
 
 def suite(name: str, **options: Any) -> Suite:
-    """Build a suite by name.
+    """Build a suite by name; the options are the fields of its class.
 
     Raises:
         ValueError: If there is no such suite; the message says the nearest name.
     """
+    # Imported here: these two stand on this module.
     if name == "shapes":
         return ShapesSuite(**options)
+    if name == "geneval":
+        from flowalign.evaluate.geneval_suite import GenEvalSuite
+
+        return GenEvalSuite(**options)
+    if name == "prompts":
+        from flowalign.evaluate.prompt_suite import PromptSuite
+
+        return PromptSuite(**options)
     near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
     raise ValueError(f"suite: got {name!r}, did you mean {near!r}? (known: {', '.join(names())})")
 
@@ -216,6 +226,7 @@ def _record(prompt: Prompt, k: int, judgement: Judgement) -> Record:
         k=k,
         strict=judgement.strict,
         graded=judgement.graded,
+        scores=judgement.scores,
         clauses=judgement.clauses,
         reason=judgement.reason,
     )

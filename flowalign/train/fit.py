@@ -260,7 +260,13 @@ class Trainer:
             with _stop_requests() as stop:
                 self.clock.take()
                 for step in range(start, steps):
-                    line = self.step(step)
+                    try:
+                        line = self.step(step)
+                    except ConnectionError:
+                        # A reward server is gone, before anything of this step moved: what was trained must not be lost with it.
+                        if main and step > start and step % self.config.checkpoint_every:
+                            checkpoint.save(self.folder / "checkpoints", step, self.state_dict(), keep=self.config.keep_checkpoints)
+                        raise
                     stopping = self._anywhere(stop.is_set())
                     line["time_s"] = self.clock.take()
                     # The log first: a line without its checkpoint is dropped on resuming, a checkpoint without its line would lose it.

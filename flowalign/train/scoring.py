@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,15 @@ class ChecksRecords(Protocol):
 
     def check(self, record: dict[str, Any]) -> None:
         """Raise a ValueError that says what is wrong with a record."""
+        ...
+
+
+@runtime_checkable
+class Submits(Protocol):
+    """A reward that works elsewhere, such as on a server: started first, waited for last, so that the others run meanwhile."""
+
+    def submit(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Callable[[], Tensor | Scores]:
+        """Start scoring and return what waits for the result."""
         ...
 
 
@@ -94,8 +103,10 @@ def score(rewards: Sequence[NamedReward], images: Tensor, prompts: list[str], me
     names: list[str] = []
     columns: list[Tensor] = []
     clauses = valid = None
-    for entry in rewards:
-        result = entry.reward(images, prompts, metadata)
+    waiting = {i: entry.reward.submit(images, prompts, metadata) for i, entry in enumerate(rewards) if isinstance(entry.reward, Submits)}
+    here = {i: entry.reward(images, prompts, metadata) for i, entry in enumerate(rewards) if i not in waiting}
+    for i, entry in enumerate(rewards):
+        result = waiting[i]() if i in waiting else here[i]
         if isinstance(result, Tensor):
             names.append(entry.name)
             columns.append(_check(entry.name, result, prompts, entry.may_skip))

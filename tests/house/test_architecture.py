@@ -17,7 +17,7 @@ ALLOWED = {
     "shapes": {"shapes", "core"},
     "algorithms": {"algorithms", *GROUND},
     "pipelines": {"pipelines", *GROUND},
-    "rewards": {"rewards", *GROUND},
+    "rewards": {"rewards", "plugins", "images", *GROUND},
     "evaluate": {"evaluate", "algorithms", "pipelines", "rewards", "images", *GROUND},
     "train": {"train", "evaluate", "algorithms", "pipelines", "rewards", "images", *GROUND},
 }
@@ -79,7 +79,9 @@ def test_rewards_never_import_diffusers_and_checkpoints_are_written_by_train_alo
 
 
 def test_nothing_unsafe_stands_anywhere():
-    unsafe = re.compile(r"pickle\.load|torch\.load\(|weights_only=False|(?<![\w.])eval\(|(?<![\w.])exec\(|shell=True|os\.system")
+    unsafe = re.compile(
+        r"pickle\.load|torch\.load\((?!.*weights_only=True)|weights_only=False|(?<![\w.])eval\(|(?<![\w.])exec\(|shell=True|os\.system"
+    )
     for path in sources():
         for number, line in enumerate((ROOT / path).read_text().splitlines(), 1):
             assert not unsafe.search(line), f"{path}:{number}: {line.strip()}"

@@ -1,0 +1,88 @@
+"""Commands around rewards and the installation: serve-reward, geneval, list, env."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowalign.commands import Add, positive
+
+KINDS = ("pipelines", "rewards", "algorithms", "estimators")
+
+
+def add_serve_reward(add: Add) -> None:
+    """Add `flowalign serve-reward`."""
+    serve = add("serve-reward", "serve rewards to runs on other machines", "flowalign serve-reward clip_score jpeg_size --port 8100")
+    serve.add_argument("rewards", nargs="+", metavar="TYPE", help="a reward, as 'clip_score' or '{type: clip_score, model: FOLDER}'")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a token")
+    serve.add_argument("--port", type=int, default=8100, help="port")
+    serve.add_argument("--token-variable", default="FLOWALIGN_REWARD_TOKEN", metavar="NAME", help="environment variable with the token")
+    serve.add_argument("--max-batch", type=positive, default=32, help="images scored together")
+    serve.add_argument("--max-wait-ms", type=float, default=5.0, help="how long a request waits for others")
+    serve.add_argument("--max-queue", type=positive, default=1024, help="images that may wait; beyond, clients are asked to come back")
+    serve.set_defaults(run=_serve_reward)
+
+
+def _serve_reward(options: argparse.Namespace) -> None:
+    from flowalign.serve import ServeConfig, serve, token_of
+
+    sizes = {"max_batch": options.max_batch, "max_wait_ms": options.max_wait_ms, "max_queue": options.max_queue}
+    serve(options.rewards, ServeConfig(host=options.host, port=options.port, token=token_of(options.token_variable), **sizes))
+
+
+def add_geneval(add: Add) -> None:
+    """Add `flowalign geneval prompts` and `flowalign geneval convert`."""
+    geneval = add(
+        "geneval", "make GenEval-style prompts, or convert GenEval's detector", "flowalign geneval prompts --split unseen --num 500"
+    )
+    works = geneval.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = works.add_parser("prompts", help="write prompts as a .jsonl file", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--split", default="official", help="official (553), train or unseen (objects apart), or all")
+    made.add_argument("--num", type=positive, default=1000, help="number of prompts; of 'official' always all")
+    made.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    made.add_argument("--output", type=Path, default=Path("geneval.jsonl"), help="file to write")
+    made.set_defaults(run=_geneval_prompts)
+    turned = works.add_parser("convert", help="turn the original mmdet checkpoint into a folder for --detector")
+    turned.add_argument("checkpoint", type=Path, metavar="FILE", help="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_*.pth")
+    turned.add_argument("--output", type=Path, required=True, help="folder to write")
+    turned.set_defaults(run=_geneval_convert)
+
+
+def _geneval_prompts(options: argparse.Namespace) -> None:
+    from flowalign.suite_options import write_geneval_prompts
+
+    write_geneval_prompts(options.output, options.split, num=options.num, seed=options.seed)
+
+
+def _geneval_convert(options: argparse.Namespace) -> None:
+    from flowalign.rewards.geneval_convert import convert_file
+
+    convert_file(options.checkpoint, options.output)
+
+
+def add_list(add: Add) -> None:
+    """Add `flowalign list`."""
+    listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
+    listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
+    listing.set_defaults(run=_list)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from flowalign.plugins import available
+
+    for kind in [options.kind] if options.kind else KINDS:
+        rows = available(kind)
+        width = max(map(len, rows), default=0)
+        print(f"{kind}:")
+        print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in rows.items()))
+
+
+def add_env(add: Add) -> None:
+    """Add `flowalign env`."""
+    add("env", "print versions and devices for a bug report", "flowalign env").set_defaults(run=_env)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from flowalign.env import table
+
+    print(table())

@@ -1,0 +1,86 @@
+"""Commands that train: demo, train, benchmark, shapes pretrain."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowalign.commands import Add, positive
+
+
+def add_demo(add: Add) -> None:
+    """Add `flowalign demo`."""
+    demo = add(
+        "demo",
+        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
+        "flowalign demo --output runs/demo",
+    )
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
+    demo.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from flowalign.demo import demo
+
+    demo(options.output, seed=options.seed, threads=options.threads)
+
+
+def add_train(add: Add) -> None:
+    """Add `flowalign train`."""
+    train = add(
+        "train", "train from a configuration; the same command resumes", "flowalign train shapes_awm --steps 3 --train.learning_rate 1e-4"
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
+    train.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
+    )
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from flowalign.run import train
+
+    train(options.config, options.overrides)
+
+
+def add_benchmark(add: Add) -> None:
+    """Add `flowalign benchmark`."""
+    compare = add(
+        "benchmark",
+        "compare methods at equal compute over several seeds; the same command goes on",
+        "flowalign benchmark benchmark_shapes --jobs 2",
+    )
+    compare.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    compare.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    compare.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads of each; equal shares where not given")
+    compare.usage = "flowalign benchmark CONFIG [--jobs JOBS] [--threads N] [--field value ...]"
+    compare.set_defaults(run=_benchmark, takes_fields=True)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from flowalign.benchmark.study import benchmark
+
+    benchmark(options.config, options.fields, jobs=options.jobs, threads=options.threads)
+
+
+def add_shapes(add: Add) -> None:
+    """Add `flowalign shapes pretrain`."""
+    world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
+    actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pretrain = actions.add_parser(
+        "pretrain", help="pretrain the shapes pipeline; the same command resumes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="folder for the diffusers pipeline")
+    pretrain.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    pretrain.add_argument("--steps", type=positive, default=None, help="steps of the denoiser; default: as shipped")
+    pretrain.add_argument("--threads", type=positive, default=2, help="CPU threads")
+    pretrain.set_defaults(run=_pretrain)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from flowalign.shapes.pretrain import PretrainConfig, pretrain
+
+    steps = {} if options.steps is None else {"steps": options.steps}
+    print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")

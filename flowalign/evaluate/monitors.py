@@ -1,0 +1,122 @@
+"""Signs of reward hacking while a run trains: what its images look like, how alike they are, and whether held-out rewards follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowalign.estimators.diversity import group_novelty
+
+PIXELS = ("brightness", "saturation", "edge_density", "high_frequency")
+DIVERSITY = "diversity"
+_SIDE = 256  # images are averaged down to at most this many pixels a side: a monitor must cost next to nothing
+_COARSE = 8
+_WINDOW = 5  # steps of the baseline, and of what is compared with it
+_SPREADS = 6.0  # of the baseline's steps; each step is a mean over many images
+_LEAST = 0.1  # a smaller change of a statistic in [0, 1] is no sign, however steady the baseline was
+
+
+def features(images: Tensor) -> Tensor:
+    """Return for each image its brightness, saturation, edge density, high-frequency energy and 8 x 8 pixels, ``[batch, 196]`` float64.
+
+    High-frequency energy is the share of the variance of luma that a 3 x 3 average removes, in [0, 1]; the other statistics are those of
+    :func:`flowalign.evaluate.fidelity.pixel_statistics`.
+
+    Args:
+        images: ``[batch, 3, h, w]`` in [0, 1].
+    """
+    size = (min(images.shape[2], _SIDE), min(images.shape[3], _SIDE))
+    pixels = images.detach().float()
+    pixels = (functional.adaptive_avg_pool2d(pixels, size) if tuple(pixels.shape[2:]) != size else pixels).cpu().double().clamp(0, 1)
+    luma = (pixels * torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)[:, None, None]).sum(1)  # Rec. 709
+    high, low = pixels.amax(1), pixels.amin(1)
+    saturation = torch.where(high > 0, (high - low) / high.clamp(min=1e-12), 0.0)
+    right, down = functional.pad(luma.diff(dim=2), (0, 1)), functional.pad(luma.diff(dim=1), (0, 0, 0, 1))
+    edges = ((right.square() + down.square()).sqrt() > 0.1).double()
+    smooth = functional.avg_pool2d(functional.pad(luma[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
+    variance = luma.flatten(1).var(1, correction=0)
+    rough = (luma - smooth).flatten(1).var(1, correction=0) / variance.clamp(min=1e-12)
+    columns = [luma.mean((1, 2)), saturation.mean((1, 2)), edges.mean((1, 2)), rough.clamp(max=1)]
+    return torch.cat([torch.stack(columns, 1), functional.adaptive_avg_pool2d(pixels, _COARSE).flatten(1)], 1)
+
+
+def summarise(rows: Tensor, group: Tensor) -> dict[str, float]:
+    """Return the monitors of a step.
+
+    Args:
+        rows: Features of all images, from :func:`features`.
+        group: The prompt of each image.
+
+    Returns:
+        Means of the pixel statistics, and of the distance of an image to the others of its prompt (root mean square over 8 x 8 pixels).
+    """
+    values = dict(zip(PIXELS, rows[:, : len(PIXELS)].mean(0).tolist(), strict=True))
+    values[DIVERSITY] = float(group_novelty(rows[:, len(PIXELS) :], group).mean())
+    return {name: round(value, 8) for name, value in values.items()}  # the order of sums must not show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A sign of reward hacking: which monitor, at which step, and what it says."""
+
+    monitor: str
+    step: int
+    text: str
+
+
+def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out: Sequence[str]) -> list[Alarm]:
+    """Look for signs of reward hacking at the last of a log's steps.
+
+    The last five steps are compared with the first five:
+
+    - diversity within a prompt has fallen below half;
+    - a pixel statistic has moved by more than 0.1 and by more than six times the spread of the first steps;
+    - every trained reward that moved has risen by more than twice its spread, while a held-out one has fallen by as much of its own.
+
+    Args:
+        lines: Of ``log.jsonl``, from the first step.
+        trained: Names of the rewards that are trained on.
+        held_out: Names of rewards and metrics that are only watched.
+
+    Returns:
+        The alarms of the last step; none before ten steps.
+    """
+    if len(lines) < 2 * _WINDOW:
+        return []
+    step = int(lines[-1]["step"])
+
+    def change(part: str, name: str) -> tuple[float, float, float] | None:
+        rows = [line.get(part, {}).get(name) for line in (*lines[:_WINDOW], *lines[-_WINDOW:])]
+        if any(value is None or not math.isfinite(value) for value in rows):
+            return None
+        return fmean(rows[:_WINDOW]), fmean(rows[_WINDOW:]), pstdev(rows[:_WINDOW])
+
+    found = []
+    diversity = change("monitor", DIVERSITY)
+    if diversity is not None and diversity[1] < 0.5 * diversity[0]:
+        found.append(
+            Alarm(monitor=DIVERSITY, step=step, text=f"images of a prompt grow alike: diversity {diversity[0]:.4f} -> {diversity[1]:.4f}")
+        )
+    for name in PIXELS:
+        moved = change("monitor", name)
+        if moved is not None and abs(moved[1] - moved[0]) > max(_LEAST, _SPREADS * moved[2]):
+            found.append(Alarm(monitor=name, step=step, text=f"{name.replace('_', ' ')} has moved: {moved[0]:.3f} -> {moved[1]:.3f}"))
+    risen = [name for name in trained if _moved(change("reward", name), 1)]
+    for name in held_out:
+        moved = change("metric", name) or change("reward", name)
+        if risen and moved is not None and _moved(moved, -1):
+            text = f"held-out {name} falls, {moved[0]:.4f} -> {moved[1]:.4f}, while {', '.join(risen)} rises"
+            found.append(Alarm(monitor=f"held-out {name}", step=step, text=text))
+    return found
+
+
+def _moved(change: tuple[float, float, float] | None, sign: int) -> bool:
+    """Tell whether a mean has moved one way by more than twice the spread of the first steps, and at all."""
+    return change is not None and sign * (change[1] - change[0]) > max(2 * change[2], 1e-6 * abs(change[0]), 1e-9)

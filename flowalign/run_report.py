@@ -1,0 +1,117 @@
+"""``flowalign report RUN [RUN ...]``: what runs left in their folders, as one HTML file that asks no network for anything."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowalign import config as configuration
+from flowalign.config import ConfigError
+from flowalign.env import hardware, versions
+from flowalign.evaluate.charts import Chart, curve_from_log
+from flowalign.evaluate.report import Report, Share, Table, write_report
+from flowalign.train.journal import read_log
+
+Log = list[dict[str, Any]]
+_PHASES = ("rollout", "reward", "advantage", "train", "checkpoint")
+
+
+def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of one run, or of several side by side.
+
+    Args:
+        runs: Run folders.
+        output: The file; None for ``report.html`` in the first run's folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If a folder holds no run, or a run has finished no step.
+    """
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) != len(names):
+        names = [str(run) for run in runs]
+    logs = {name: _log_of(run) for name, run in zip(names, runs, strict=True)}
+    settings = {name: configuration.read_yaml(run / "config.yaml") for name, run in zip(names, runs, strict=True)}
+    flat = {name: [_flat(line) for line in log] for name, log in logs.items()}
+    parts = list(dict.fromkeys(key for rows in flat.values() for row in rows for key in row if key != "step"))
+    report = Report(
+        title="flowalign run" if len(runs) == 1 else f"{len(runs)} flowalign runs",
+        subtitle=", ".join(f"{name} ({len(log)} steps)" for name, log in logs.items()),
+        charts=[_chart(part, flat) for part in parts],
+        shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
+        tables=_tables(logs, settings),
+        command=shlex.join(["flowalign", *sys.argv[1:]]),
+        configuration=yaml.safe_dump(next(iter(settings.values())), sort_keys=False),
+        versions=versions(),
+        hardware=hardware(),
+        notes=_notes(logs),
+    )
+    return write_report(output or runs[0] / "report.html", report)
+
+
+def _log_of(run: Path) -> Log:
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: is no run (there is no config.yaml); give the --output folder of a training run")
+    log = read_log(run / "log.jsonl")
+    if not log:
+        raise ConfigError(f"{run}: the run has finished no step, so there is nothing to report")
+    return log
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, float]:
+    """Lay a line out as ``part/name`` columns, the step counted from 1."""
+    groups = {"reward": "reward", "metric": "held out", "monitor": "monitor", "metrics": "training"}
+    columns = {f"{title}: {name}": value for part, title in groups.items() for name, value in line.get(part, {}).items()}
+    return {"step": line["step"] + 1, **columns, "training: gradient norm": line["grad_norm"]}
+
+
+def _chart(part: str, flat: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
+    found = [curve_from_log(rows, part, name=name) for name, rows in flat.items()]
+    return Chart(title=part[0].upper() + part[1:].replace("_", " "), curves=[curve for curve in found if curve.x])
+
+
+def _shares(log: Log) -> list[Share]:
+    spent = {name: sum(line["time_s"].get(name, 0.0) for line in log) for name in _PHASES}
+    return [Share(name=name, seconds=seconds) for name, seconds in spent.items() if seconds > 0]
+
+
+def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    columns = ("Reward", *(f"{name}, {when}" for name in logs for when in ("first 5 steps", "last 5 steps")))
+    names = list(dict.fromkeys(name for log in logs.values() for name in log[-1]["reward"]))
+    rows = [[name, *(_mean(part, name) for log in logs.values() for part in (log[:5], log[-5:]))] for name in names]
+    tables = [Table(title="Rewards on training prompts", columns=columns, rows=rows, caption="Means over steps of raw values.")]
+    told = [[name, str(line["step"] + 1), text] for name, log in logs.items() for line, text in _first_alarms(log)]
+    if told:
+        tables.append(Table(title="Alarms", columns=("Run", "Step", "Sign of reward hacking"), rows=told))
+    if len(settings) > 1:
+        first = next(iter(settings))
+        changed = [[name, text] for name in list(settings)[1:] for text in configuration.differences(settings[first], settings[name])]
+        tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=changed))
+    return tables
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [line["reward"][name] for line in lines if name in line["reward"]]
+    return f"{sum(values) / len(values):.4g}" if values else ""
+
+
+def _first_alarms(log: Log) -> list[tuple[dict[str, Any], str]]:
+    """Return each kind of alarm where it was first raised; what comes before the colon or comma names the kind."""
+    first: dict[str, tuple[dict[str, Any], str]] = {}
+    for line in log:
+        for text in line.get("alarm", ()):
+            first.setdefault(text.partition(":")[0].partition(",")[0], (line, text))
+    return list(first.values())
+
+
+def _notes(logs: Mapping[str, Log]) -> list[str]:
+    notes = ["Rewards and monitors are of training prompts and of the noisy policy; flowalign evaluate gives scores with intervals."]
+    alarmed = [name for name, log in logs.items() if any("alarm" in line for line in log)]
+    return [*notes, f"Signs of reward hacking in: {', '.join(alarmed)}."] if alarmed else notes

@@ -1,0 +1,226 @@
+"""The queue of a reward server: bounded, batching, with deadlines; each request is scored once however often it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.wire import Reply, Request
+from flowalign.train.scoring import NamedReward, RewardTable, score
+
+
+class QueueFull(Exception):
+    """There is no room for the request now."""
+
+
+class DeadlinePassed(Exception):
+    """The request was not scored in the time that its client waits."""
+
+
+class RewardFailed(Exception):
+    """The reward broke; the message is for the client and holds no internals."""
+
+
+@dataclass(kw_only=True)
+class _Job:
+    request: Request
+    names: tuple[str, ...]
+    end: float
+    arrived: float
+    done: asyncio.Future[Reply]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Jobs of one key can be scored together."""
+        return (self.names, tuple(self.request.images.shape[2:]))
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What ``/metrics`` shows; only ever raised, but for ``queued_images``."""
+
+    requests: dict[int, int] = field(default_factory=dict)
+    images: int = 0
+    batches: int = 0
+    queued_images: int = 0
+    score_seconds: float = 0.0
+    repeated: int = 0
+
+
+@dataclass(kw_only=True)
+class Batcher:
+    """Collects requests and scores them in batches, in one thread.
+
+    Attributes:
+        rewards: By name.
+        alone: Names of rewards that compare the images of a call, whose requests are never mixed.
+        max_batch: Images scored together; a request is never split.
+        max_wait_s: How long a request waits for others.
+        max_queue: Images that may wait.
+        remember: Finished requests whose replies are kept for repetitions.
+    """
+
+    rewards: Mapping[str, NamedReward]
+    alone: frozenset[str] = frozenset()
+    max_batch: int = 32
+    max_wait_s: float = 0.005
+    max_queue: int = 1024
+    remember: int = 256
+    counts: Counts = field(default_factory=Counts)
+    failed: Callable[[BaseException], None] = lambda error: None
+
+    def __post_init__(self) -> None:
+        """Make the empty queue."""
+        self._waiting: deque[_Job] = deque()
+        self._arrived = asyncio.Event()
+        self._known: OrderedDict[str, asyncio.Future[Reply]] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+
+    async def submit(self, request: Request) -> Reply:
+        """Queue a request and wait for its scores.
+
+        Raises:
+            QueueFull: If it does not fit into the queue.
+            DeadlinePassed: If its time is over before it is scored.
+            ValueError: If a reward refuses the images, prompts or records.
+            RewardFailed: If a reward breaks.
+        """
+        known = self._known.get(request.request_id)
+        if known is not None:
+            self.counts.repeated += 1
+            return await asyncio.shield(known)
+        if self.counts.queued_images + len(request.images) > self.max_queue:
+            raise QueueFull
+        now = time.monotonic()
+        job = _Job(
+            request=request,
+            names=tuple(request.rewards) or tuple(self.rewards),
+            end=now + request.deadline_s,
+            arrived=now,
+            done=asyncio.get_running_loop().create_future(),
+        )
+        self._known[request.request_id] = job.done
+        self._waiting.append(job)
+        self.counts.queued_images += len(request.images)
+        self._arrived.set()
+        try:
+            return await asyncio.wait_for(asyncio.shield(job.done), request.deadline_s)
+        except TimeoutError as error:
+            raise DeadlinePassed from error
+        finally:
+            self._forget(request.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """Keep replies of good requests for a while; what failed may be tried again."""
+        done = self._known.get(request_id)
+        if done is not None and done.done() and (done.cancelled() or done.exception() is not None):
+            del self._known[request_id]
+        finished = [key for key, future in self._known.items() if future.done()]
+        for key in finished[: max(0, len(finished) - self.remember)]:
+            del self._known[key]
+
+    async def run(self) -> None:
+        """Score batch after batch until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            first = self._waiting[0]
+            while time.monotonic() < first.arrived + self.max_wait_s and self._fitting(first) < self.max_batch:
+                await asyncio.sleep(self.max_wait_s / 5)
+            jobs = [job for job in self._take(first) if self._is_wanted(job)]
+            if not jobs:
+                continue
+            began = time.monotonic()
+            results = await loop.run_in_executor(self._thread, self._score_all, jobs)
+            self.counts.score_seconds += time.monotonic() - began
+            self.counts.batches += 1
+            for job, result in zip(jobs, results, strict=True):
+                self.counts.images += len(job.request.images)
+                if job.done.done():
+                    continue
+                if isinstance(result, Reply):
+                    job.done.set_result(result)
+                else:
+                    job.done.set_exception(result)
+                    job.done.exception()  # a client that has left must not make the loop complain
+
+    def _fitting(self, first: _Job) -> int:
+        return sum(len(job.request.images) for job in self._waiting if job.key == first.key)
+
+    def _take(self, first: _Job) -> list[_Job]:
+        """Remove the first job and others that can be scored with it from the queue."""
+        taken, size = [first], len(first.request.images)
+        if not self.alone & set(first.names):
+            for job in list(self._waiting)[1:]:
+                if job.key == first.key and size + len(job.request.images) <= self.max_batch:
+                    taken.append(job)
+                    size += len(job.request.images)
+        chosen = {id(job) for job in taken}
+        self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
+        self.counts.queued_images -= size
+        return taken
+
+    def _is_wanted(self, job: _Job) -> bool:
+        if job.end > time.monotonic():
+            return True
+        if not job.done.done():
+            job.done.set_exception(DeadlinePassed())
+            job.done.exception()
+        self._known.pop(job.request.request_id, None)
+        return False
+
+    def _score_all(self, jobs: Sequence[_Job]) -> list[Reply | Exception]:
+        """Score jobs together; where that fails, one by one, so that none suffers from another's mistake."""
+        try:
+            return list(self._score(jobs))
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error if isinstance(error, ValueError) else self._broken(error)]
+            return [self._score_all([job])[0] for job in jobs]
+
+    def _broken(self, error: Exception) -> RewardFailed:
+        self.failed(error)
+        return RewardFailed("the reward failed; the server's log says why")
+
+    def _score(self, jobs: Sequence[_Job]) -> list[Reply]:
+        began = time.monotonic()
+        images = torch.cat([job.request.images for job in jobs]).float() / 255
+        prompts = [prompt for job in jobs for prompt in job.request.prompts]
+        metadata = [dict(record) for job in jobs for record in job.request.metadata]
+        with torch.no_grad():
+            tables = {name: score([self.rewards[name]], images, prompts, metadata) for name in jobs[0].names}
+        spent = time.monotonic() - began
+        replies, start = [], 0
+        for job in jobs:
+            rows = slice(start, start + len(job.request.images))
+            start = rows.stop
+            timing = {"queue_s": round(began - job.arrived, 6), "score_s": round(spent, 6)}
+            replies.append(_reply(job.request.request_id, tables, rows, timing))
+        return replies
+
+
+def _reply(request_id: str, tables: Mapping[str, RewardTable], rows: slice, timing: Mapping[str, float]) -> Reply:
+    columns = {
+        column: _plain(values[rows])
+        for name, table in tables.items()
+        for column, values in zip(table.names if len(table.names) > 1 else (name,), table.values.unbind(1), strict=True)
+    }
+    first = next((table for table in tables.values() if table.clauses is not None), None)
+    clauses = None if first is None or first.clauses is None else [_plain(row) for row in first.clauses[rows].double().cpu()]
+    valid = None if first is None or first.clauses_valid is None else first.clauses_valid[rows].cpu().tolist()
+    return Reply(request_id=request_id, scores=columns, clauses=clauses, clauses_valid=valid, timing=timing)
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,109 @@
+"""What the command line says of a suite, turned into what the suite is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from flowalign import config as configuration
+from flowalign import data
+from flowalign.config import ConfigError
+from flowalign.rewards import geneval_prompts
+from flowalign.run_config import RewardConfig
+from flowalign.train.scoring import NamedReward, score
+
+SHAPES_PROMPTS = 300  # of the shapes suite, where the command line does not say
+_OF = {"shapes": ("split",), "geneval": ("detector", "clip", "split"), "prompts": ("prompts", "reward")}
+
+
+def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a suite; models are loaded here, so that missing weights are noticed before anything is generated.
+
+    Args:
+        name: The suite.
+        num_prompts: As on the command line.
+        options: ``split``; of "geneval" also ``detector`` and ``clip``; of "prompts" ``prompts`` (a file) and ``reward`` (YAML texts). None
+            where not given.
+
+    Raises:
+        ConfigError: If an option belongs to another suite, or one is missing.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    odd = next((key for key in given if name in _OF and key not in _OF[name]), None)
+    if odd is not None:
+        owners = " or ".join(suite for suite, keys in _OF.items() if odd in keys)
+        raise ConfigError(f"--{odd}: is an option of --suite {owners}, not of {name!r}")
+    if name == "shapes":
+        return {**given, **({} if num_prompts else {"num_prompts": SHAPES_PROMPTS})}
+    if name == "geneval":
+        from flowalign.rewards.geneval import Config
+
+        split = {"split": given["split"]} if "split" in given else {}
+        if given.get("split") not in (None, "official", "train", "unseen", "all"):
+            raise ConfigError(f"--split: got {given['split']!r}, needed official, train, unseen or all")
+        return {"judged_by": Config(**{key: given[key] for key in ("detector", "clip") if key in given}).build(), **split}
+    return _of_prompts(given) if name == "prompts" else {}
+
+
+def _of_prompts(given: Mapping[str, Any]) -> dict[str, Any]:
+    missing = next((key for key in _OF["prompts"] if key not in given), None)
+    if missing is not None:
+        raise ConfigError(f"--{missing}: is needed by --suite prompts, for example --prompts my_prompts.txt --reward clip_score")
+    prompts = data.read_prompts(Path(given["prompts"]))
+    lines: dict[str, str] = {}
+    for prompt in prompts:
+        text = json.dumps(prompt.metadata, sort_keys=True)
+        if text in lines:
+            raise ConfigError(f"{prompt.where}: the prompt stands at {lines[text]} already; remove it, or ask for more --images-per-prompt")
+        lines[text] = prompt.where
+    rewards = named_rewards(given["reward"])
+    for entry in rewards:
+        check = getattr(entry.reward, "check", None)
+        for prompt in prompts if check is not None else ():
+            try:
+                check(prompt.metadata)
+            except ValueError as error:
+                raise ConfigError(f"{prompt.where}: reward {entry.name!r} cannot score {prompt.text!r}: {error}") from error
+    return {
+        "title": Path(given["prompts"]).stem,
+        "records": [prompt.metadata for prompt in prompts],
+        "score": scorer(rewards),
+    }
+
+
+def named_rewards(texts: Sequence[str], option: str = "--reward") -> list[NamedReward]:
+    """Build rewards from YAML texts, such as ``clip_score`` or ``{type: clip_score, model: FOLDER}``."""
+    entries: list[RewardConfig] = []
+    for text in texts:
+        try:
+            entries.append(configuration.decode(RewardConfig, {"reward": yaml.safe_load(text)}, option))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{option} {text!r}: not YAML: {' '.join(str(error).split())}") from error
+    names = [type(entry.reward).__module__.rpartition(".")[2] for entry in entries]
+    numbered = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    # A judge's unreadable answer is left out and counted; nothing is made up for it.
+    return [NamedReward(name=name, reward=entry.reward.build(), may_skip=True) for name, entry in zip(numbered, entries, strict=True)]
+
+
+def scorer(rewards: Sequence[NamedReward]) -> Callable[[Tensor, list[str], list[dict[str, Any]]], dict[str, Tensor]]:
+    """Return the function that the suite scores with: every reward's raw values by name."""
+
+    def run(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
+        table = score(rewards, images, prompts, metadata)
+        return dict(zip(table.names, table.values.unbind(1), strict=True))
+
+    return run
+
+
+def write_geneval_prompts(path: Path, split: str, *, num: int, seed: int) -> Path:
+    """Write GenEval-style prompts as JSON lines; the command ``flowalign geneval prompts``."""
+    records = geneval_prompts.official() if split == "official" else geneval_prompts.generate(split, seed=seed, num=num)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    print(f"written: {path}, {len(records)} prompts")
+    return path

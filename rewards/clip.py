@@ -1,0 +1,116 @@
+"""CLIP as several rewards use it: unit embeddings of images and texts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flowalign.rewards import pixels, weights
+
+
+def pooled(output: Any) -> Tensor:
+    """Return the projected embedding, which transformers 4 gave as a tensor and transformers 5 gives inside an output object."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def check_prompts(prompts: Sequence[str], where: str) -> None:
+    """Refuse empty prompts, and warn of scripts that English text encoders were not trained on.
+
+    Raises:
+        ValueError: If a prompt is empty.
+    """
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f"{where}: the prompt of sample {row} is empty, so there is nothing to compare the image with")
+    foreign = [prompt for prompt in prompts if any(letter.isalpha() and ord(letter) > 0x24F for letter in prompt)]
+    if foreign:
+        warnings.warn(
+            f"{where}: {foreign[0][:40]!r} is not in Latin script; this model was trained on English captions and its score says little",
+            stacklevel=2,
+        )
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Scale rows to length one, in float32."""
+    return functional.normalize(embeddings.float(), dim=-1)
+
+
+def in_batches(encode: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """Encode images part by part; a gradient is kept only where the images carry one."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        return torch.cat([encode(part) for part in images.split(size)])
+
+
+def of_each(encode: Callable[[list[str]], Tensor], prompts: Sequence[str], size: int) -> Tensor:
+    """Encode every distinct text once and return one row for each prompt."""
+    distinct = list(dict.fromkeys(prompts))
+    with torch.no_grad():
+        rows = torch.cat([encode(distinct[start : start + size]) for start in range(0, len(distinct), size)])
+    return rows[torch.tensor([distinct.index(prompt) for prompt in prompts], device=rows.device)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A CLIP model of transformers with its tokenizer.
+
+    Attributes:
+        model: ``transformers.CLIPModel``, frozen.
+        tokenizer: Its tokenizer.
+        where: Name of the reward, for messages.
+        batch_size: Images of one forward.
+    """
+
+    model: Any
+    tokenizer: Any
+    where: str
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def scale(self) -> Tensor:
+        """The learnt scale of cosines, ``exp(logit_scale)``."""
+        return self.model.logit_scale.exp().float()
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return unit embeddings ``[batch, d]`` of images ``[batch, 3, h, w]`` in [0, 1]; differentiable where the images are."""
+        size = self.model.config.vision_config.image_size
+        dtype = next(self.model.parameters()).dtype
+
+        def encode(part: Tensor) -> Tensor:
+            seen = pixels.prepare(part.to(self.device), size=size)
+            return unit(pooled(self.model.get_image_features(pixel_values=seen.to(dtype))))
+
+        return in_batches(encode, images, self.batch_size)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Return unit embeddings ``[batch, d]``; what is longer than the model reads is cut, with a warning."""
+        length = self.model.config.text_config.max_position_embeddings
+
+        def encode(part: list[str]) -> Tensor:
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            chosen = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            return unit(pooled(self.model.get_text_features(**chosen)))
+
+        long = sum(len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) > length for prompt in set(prompts))
+        if long:
+            warnings.warn(f"{self.where}: {long} prompts have more than {length} tokens; the model reads the first {length}", stacklevel=2)
+        return of_each(encode, prompts, self.batch_size)
+
+
+def load(model: str, tokenizer: str | None, where: str, *, dtype: str, device: str | None, batch_size: int) -> Clip:
+    """Load a CLIP model; see :func:`flowalign.rewards.weights.pretrained` for the errors."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    network = weights.network(CLIPModel.from_pretrained, model, where, dtype=dtype, device=weights.device_of(device))
+    words = weights.pretrained(AutoTokenizer.from_pretrained, tokenizer or model, where)
+    return Clip(model=network, tokenizer=words, where=where, batch_size=batch_size)

@@ -1,0 +1,92 @@
+"""Monitors of reward hacking: their values, and when they raise an alarm."""
+
+import pytest
+import torch
+
+from flowalign.core.randomness import generator
+from flowalign.evaluate import monitors
+from flowalign.evaluate.fidelity import pixel_statistics
+
+IMAGES = torch.rand(8, 3, 16, 16, generator=generator(0))
+GROUP = torch.arange(8) // 4
+
+
+def test_pixel_monitors_are_the_reports_statistics():
+    found, wanted = monitors.summarise(monitors.features(IMAGES), GROUP), pixel_statistics(IMAGES)
+    for name in ("brightness", "saturation", "edge_density"):
+        assert found[name] == pytest.approx(vars(wanted)[name], abs=1e-7)
+
+
+def test_high_frequency_energy_is_all_of_a_chequerboard_and_little_of_a_ramp():
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    board = ((rows + columns) % 2).float().expand(1, 3, 32, 32)
+    ramp = (columns / 31.0).expand(1, 3, 32, 32)
+    high, low = (float(monitors.features(image)[0, 3]) for image in (board, ramp))
+    assert high > 0.75
+    assert low < 0.01
+    assert float(monitors.features(torch.zeros(1, 3, 8, 8))[0, 3]) == 0
+
+
+def test_diversity_is_within_prompts():
+    same = IMAGES[:1].expand(4, -1, -1, -1)
+    assert monitors.summarise(monitors.features(torch.cat([same, IMAGES[1:2].expand(4, -1, -1, -1)])), GROUP)["diversity"] == 0
+    assert monitors.summarise(monitors.features(IMAGES), GROUP)["diversity"] > 0.05
+
+
+def test_large_images_are_averaged_down_first():
+    large = torch.nn.functional.interpolate(IMAGES[:2], 512)
+    assert monitors.features(large)[:, 0].tolist() == pytest.approx(monitors.features(IMAGES[:2])[:, 0].tolist(), abs=1e-5)
+
+
+def log(steps=20, **series):
+    """Lines of a log; a value is a function of the step."""
+    base = {"brightness": lambda i: 0.5, "saturation": lambda i: 0.5, "edge_density": lambda i: 0.2, "high_frequency": lambda i: 0.1}
+    made = {
+        **base,
+        "diversity": lambda i: 0.2,
+        "trained": lambda i: 0.3 + 0.001 * (i % 2),
+        "held": lambda i: 0.6 + 0.001 * (i % 2),
+        **series,
+    }
+    return [
+        {
+            "step": i,
+            "monitor": {name: made[name](i) for name in (*base, "diversity")},
+            "reward": {"trained": made["trained"](i)},
+            "metric": {"held": made["held"](i)},
+        }
+        for i in range(steps)
+    ]
+
+
+def raised(lines):
+    return [alarm.monitor for alarm in monitors.alarms(lines, ["trained"], ["held"])]
+
+
+def test_a_steady_run_raises_nothing():
+    assert raised(log()) == []
+    assert raised(log(trained=lambda i: 0.3 + 0.02 * i, held=lambda i: 0.6 + 0.01 * i)) == []
+    assert raised(log(trained=lambda i: 0.3 + 0.02 * i)) == []
+
+
+@pytest.mark.parametrize(
+    ("series", "monitor"),
+    [
+        ({"diversity": lambda i: 0.2 / (1 + i)}, "diversity"),
+        ({"brightness": lambda i: 0.5 + 0.02 * i}, "brightness"),
+        ({"saturation": lambda i: 0.5 - 0.02 * i}, "saturation"),
+        ({"high_frequency": lambda i: 0.1 + 0.02 * i}, "high_frequency"),
+        ({"trained": lambda i: 0.3 + 0.02 * i, "held": lambda i: 0.6 - 0.01 * i}, "held-out held"),
+    ],
+)
+def test_each_sign_raises_its_own_alarm(series, monitor):
+    assert raised(log(**series)) == [monitor]
+    assert raised(log(steps=9, **series)) == []
+
+
+def test_a_held_out_reward_that_falls_with_the_trained_one_is_no_hacking():
+    assert raised(log(trained=lambda i: 0.3 - 0.01 * i, held=lambda i: 0.6 - 0.01 * i)) == []
+
+
+def test_noise_like_that_of_the_first_steps_raises_nothing():
+    assert raised(log(brightness=lambda i: 0.5 + 0.3 * (-1) ** i)) == []

@@ -1,0 +1,55 @@
+"""The report of run folders."""
+
+import json
+
+import pytest
+import yaml
+
+from flowalign.cli import main
+from flowalign.config import ConfigError
+from flowalign.run_report import report_runs
+
+
+def make_run(folder, *, rate=1e-4, alarm=True, steps=12):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "train": {"learning_rate": rate}}))
+    lines = []
+    for step in range(steps):
+        line = {"step": step, "reward": {"jpeg<size>": 0.1 * step}, "metric": {"shapes": 0.5}, "monitor": {"diversity": 1 / (1 + step)}}
+        line |= {"grad_norm": 1.0, "metrics": {"loss": 0.1}, "time_s": {"rollout": 1.0, "train": 2.0, "total": 3.0}}
+        lines.append(line | ({"alarm": [f"images grow alike: 0.2 -> {step}"]} if alarm and step > 9 else {}))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_one_run_shows_curves_monitors_alarms_and_where_the_time_went(tmp_path):
+    text = report_runs([make_run(tmp_path / "a")]).read_text()
+    for wanted in (
+        "Reward: jpeg&lt;size&gt;",
+        "Monitor: diversity",
+        "Held out: shapes",
+        "images grow alike: 0.2 -&gt; 10",
+        "rollout",
+        "Signs of reward",
+    ):
+        assert wanted in text
+    assert text.count("images grow alike") == 1  # where it was first raised
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert len(text) < 1_000_000
+
+
+def test_several_runs_share_charts_and_show_their_differences(tmp_path, capsys):
+    one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b", rate=3e-4, alarm=False)
+    main(["report", str(one), str(two), "--output", str(tmp_path / "both.html")])
+    assert "both.html" in capsys.readouterr().out
+    text = (tmp_path / "both.html").read_text()
+    assert "train.learning_rate: 0.0001 -&gt; 0.0003" in text
+    assert "Signs of reward hacking in: a." in text
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is no run"):
+        report_runs([tmp_path])
+    make_run(tmp_path / "a", steps=0)
+    with pytest.raises(ConfigError, match="has finished no step"):
+        report_runs([tmp_path / "a"])

@@ -1,0 +1,278 @@
+"""The client of reward servers against peers that die, hang, drip, flood, lie and refuse; and judges that answer nonsense."""
+
+import json
+import math
+import time
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from flowalign.rewards import remote, vlm_judge, wire
+from flowalign.rewards.http import Refused, Unavailable
+from flowalign.train.scoring import NamedReward, score
+from tests.rewards import peers
+
+IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+WANTED = ((IMAGES * 255).round() / 1).double().mean((1, 2, 3)).tolist()
+PROMPTS = list("abcde")
+RECORDS = [{"n": i} for i in range(5)]
+
+
+def client(*servers, **options):
+    reward = remote.Config(servers=servers, **{"deadline_s": 0.6, "batch_size": 2, **options}).build()
+    reward.client.first_delay_s = 0.01
+    return reward
+
+
+def test_scores_come_back_in_the_order_of_the_images():
+    with peers.peer(peers.right) as (url, calls):
+        found = client(url, batch_size=2)(IMAGES, PROMPTS, RECORDS)
+        assert found.values["reward"].tolist() == pytest.approx(WANTED)
+        assert len(calls) == 3
+
+
+PASSING = {
+    "dies": peers.dies,
+    "busy": peers.status(503, retry_after="0"),
+    "gateway": peers.status(502),
+    "broken": peers.status(500),
+    "short": peers.lies(lambda reply: {**reply, "scores": {"mean": reply["scores"]["mean"][:-1]}}),
+    "nan": peers.lies(lambda reply: json.dumps({**reply, "scores": {"mean": [math.nan] * 5}}).encode()),
+    "text": peers.lies(lambda reply: {**reply, "scores": {"mean": ["7"] * 5}}),
+    "true": peers.lies(lambda reply: {**reply, "scores": {"mean": [True] * 5}}),
+    "other request": peers.lies(lambda reply: {**reply, "request_id": "x"}),
+    "not json": peers.lies(lambda reply: b"\x80\x04cos\nsystem\n"),
+    "list": peers.lies(lambda reply: [reply]),
+    "clauses": peers.lies(lambda reply: {**reply, "clauses": [[1.0]], "clauses_valid": [[True]]}),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_costs_a_repetition_and_no_score(fault):
+    with peers.peer(PASSING[fault], peers.right) as (url, calls):
+        found = client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+        assert found.values["reward"].tolist() == pytest.approx(WANTED)
+        assert len(calls) == 2
+        assert calls[0] == calls[1]  # the same request id: a server scores it once
+
+
+@pytest.mark.parametrize("fault", [peers.dies, peers.hangs, peers.drips, peers.floods, PASSING["nan"], PASSING["short"], PASSING["busy"]])
+def test_a_lasting_fault_fails_over_to_the_next_server_which_then_stays_the_first(fault):
+    with peers.peer(fault) as (bad, first), peers.peer(peers.right) as (good, second):
+        reward = client(bad, good, batch_size=5, deadline_s=3.0)
+        if fault in (peers.hangs, peers.drips):
+            reward.client.deadline_s = 0.4  # this request fails, as its whole time went by; the pair below is quick
+            with pytest.raises(Unavailable):
+                reward(IMAGES, PROMPTS, RECORDS)
+            return
+        assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
+        assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
+        assert (len(first), len(second)) == (1, 2)
+
+
+@pytest.mark.parametrize("fault", [peers.dies, peers.hangs, peers.drips, peers.floods, PASSING["nan"], peers.status(503)])
+def test_a_lasting_fault_of_all_servers_stops_within_the_deadline_and_says_why(fault):
+    with peers.peer(fault) as (url, _):
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=r"no answer within 0.6 s after \d+ attempts .*127.0.0.1"):
+            client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+        assert time.monotonic() - began < 1.6
+
+
+def test_no_server_at_all_stops_the_run_or_marks_samples_as_configured():
+    with pytest.raises(ConnectionError, match="ConnectError"):
+        client("http://127.0.0.1:9", deadline_s=0.2)(IMAGES, PROMPTS, RECORDS)
+    reward = client("http://127.0.0.1:9", deadline_s=0.2, on_failure="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = score([NamedReward(name="r", reward=reward, may_skip=True)], IMAGES, PROMPTS, RECORDS)
+        with pytest.raises(ValueError, match="may_skip"):
+            score([NamedReward(name="r", reward=reward)], IMAGES, PROMPTS, RECORDS)
+    assert bool(torch.isnan(table.values).all())
+
+
+def test_a_server_that_refuses_the_request_is_not_asked_again():
+    with peers.peer(lambda handler, body: (422, {"error": "prompts: no"})) as (url, calls):
+        with pytest.raises(Refused, match="refused the request with status 422: .*prompts: no"):
+            client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+        assert len(calls) == 1
+
+
+def test_one_of_several_rewards_is_asked_for_by_name():
+    both = peers.lies(lambda reply: {**reply, "scores": {**reply["scores"], "other": [1.0] * 5}})
+    with peers.peer(both) as (url, calls):
+        assert client(url, batch_size=5, reward="mean")(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
+        assert wire.decode(calls[0], wire.Limits()).rewards == ["mean"]
+        with pytest.raises(Unavailable, match="needed exactly one reward"):
+            client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+
+
+def test_waiting_is_the_callers_choice():
+    with peers.peer(lambda handler, body: time.sleep(0.2) or peers.right(handler, body)) as (url, _):
+        began = time.monotonic()
+        pending = client(url, batch_size=5, deadline_s=5)(IMAGES, PROMPTS, RECORDS) and client(url, deadline_s=5).submit(
+            IMAGES, PROMPTS, RECORDS
+        )
+        begun = time.monotonic()
+        assert begun - began >= 0.2
+        assert pending().values["reward"].tolist() == pytest.approx(WANTED)
+        assert time.monotonic() - begun >= 0.1
+
+
+def test_addresses_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="needed addresses such as"):
+        remote.Config(servers=("127.0.0.1:8100",))
+    with pytest.raises(ValueError, match="servers"):
+        remote.Config(servers=())
+
+
+# -- judges ---------------------------------------------------------------------------------------------------------------------------
+
+
+def says(*texts):
+    def make(text):
+        return lambda handler, body: (200, {"choices": [{"message": {"content": text}}]})
+
+    return [make(text) for text in texts]
+
+
+def judge(url, **options):
+    return vlm_judge.Config(model="m", url=url + "/v1", **{"deadline_s": 0.6, "concurrency": 1, **options}).build()
+
+
+def test_a_judge_is_asked_with_the_image_and_its_rating_scaled():
+    with peers.peer(*says('{"score": 5}', '{"score": 1}', '```json\n{"score": 3.5}\n```')) as (url, calls):
+        assert judge(url)(IMAGES[:3], ["a dog", "b", "c"], RECORDS[:3]).tolist() == [1, 0, 0.625]
+        body = json.loads(calls[0])
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/png;base64,")
+        assert "a dog" in text["text"]
+        assert (body["temperature"], body["model"]) == (0, "m")
+        assert body["response_format"]["json_schema"]["schema"]["required"] == ["score"]
+
+
+NONSENSE = [
+    "",
+    "great!",
+    "5",
+    '{"score": 45}',
+    '{"score": "5"}',
+    '{"score": true}',
+    '{"score": null}',
+    '{"scor": 3}',
+    "[]",
+    '{"score": NaN}',
+    None,
+]
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_nonsense_is_invalid_and_never_a_score(text):
+    with peers.peer(*says(text)) as (url, _):
+        assert math.isnan(judge(url, max_invalid=1.0)(IMAGES[:1], ["a"], RECORDS[:1]).item())
+        with pytest.raises(ValueError, match=r"1 of 1 answers cannot be read .*check model and question"):
+            judge(url)(IMAGES[:1], ["a"], RECORDS[:1])
+
+
+def test_yes_is_weighed_against_no_over_all_spellings():
+    def answer(handler, body):
+        assert json.loads(body)["top_logprobs"] == 20
+        tokens = [("Yes", math.log(0.5)), (" yes", math.log(0.1)), ("No", math.log(0.2)), ("maybe", math.log(0.2))]
+        return 200, {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in tokens]}]}}]}
+
+    with peers.peer(answer) as (url, _):
+        assert judge(url, answer="yes_no")(IMAGES[:1], ["a"], RECORDS[:1]).item() == pytest.approx(0.75)
+    with peers.peer(*says("yes")) as (url, _):
+        assert math.isnan(judge(url, answer="yes_no", max_invalid=1.0)(IMAGES[:1], ["a"], RECORDS[:1]).item())
+
+
+def test_a_judge_that_is_down_is_an_error_and_no_score():
+    with pytest.raises(Unavailable):
+        judge("http://127.0.0.1:9", deadline_s=0.2)(IMAGES[:1], ["a"], RECORDS[:1])
+    with peers.peer(lambda handler, body: (200, {"error": "x"})) as (url, _), pytest.raises(Unavailable, match="no completion"):
+        judge(url, deadline_s=0.2)(IMAGES[:1], ["a"], RECORDS[:1])
+    with pytest.raises(ValueError, match="the prompt of sample 0 is empty"):
+        judge("http://127.0.0.1:9")(IMAGES[:1], [" "], RECORDS[:1])
+    with pytest.raises(ValueError, match=r"needed \{prompt\} in it"):
+        vlm_judge.Config(model="m", question="good?")
+
+
+# -- wire -----------------------------------------------------------------------------------------------------------------------------
+
+
+def request(**changes):
+    images = (IMAGES * 255).round().to(torch.uint8)
+    return wire.Request(**{"request_id": "r", "images": images, "prompts": PROMPTS, "metadata": RECORDS, "deadline_s": 2.0, **changes})
+
+
+def test_a_request_comes_through_bit_for_bit():
+    sent = request(rewards=("a",), prompts=["\u7ea2", *PROMPTS[1:]])
+    found = wire.decode(wire.encode(sent), wire.Limits())
+    assert torch.equal(found.images, sent.images)
+    assert torch.equal(load(wire.encode(sent))["images"], sent.images)  # safetensors, whoever reads it
+    assert (found.prompts, found.metadata, found.rewards, found.deadline_s) == (list(sent.prompts), RECORDS, ["a"], 2.0)
+
+
+def test_encoding_takes_less_than_a_millisecond_an_image():
+    sent = request(images=torch.zeros(16, 3, 512, 512, dtype=torch.uint8), prompts=["a"] * 16, metadata=[{}] * 16)
+    wire.encode(sent)
+    times = []
+    for _ in range(5):
+        began = time.process_time()
+        wire.encode(sent)
+        times.append((time.process_time() - began) / 16)
+    assert min(times) < 1e-3
+
+
+def forged(header, data=b""):
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    return len(text).to_bytes(8, "little") + text + data
+
+
+GOOD = {"dtype": "U8", "shape": [1, 3, 2, 2], "data_offsets": [0, 12]}
+ASKED = {"protocol": 1, "request_id": "r", "prompts": ["a"], "metadata": [{}], "rewards": [], "deadline_s": 1}
+HOSTILE = {
+    "empty": b"",
+    "pickle": b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+    "huge header": (2**62).to_bytes(8, "little") + b"{}",
+    "no json": forged(b"not json"),
+    "deep json": forged(b"[" * 500_000),
+    "no images": forged({"__metadata__": {"request": json.dumps(ASKED)}}),
+    "two tensors": forged({"images": GOOD, "more": GOOD, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)),
+    "floats": forged({"images": {**GOOD, "dtype": "F32"}, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(48)),
+    "huge shape": forged({"images": {**GOOD, "shape": [2**40, 3, 2**40, 2]}, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)),
+    "many": forged(
+        {"images": {**GOOD, "shape": [1000, 3, 1, 1], "data_offsets": [0, 3000]}, "__metadata__": {"request": "{}"}}, bytes(3000)
+    ),
+    "negative": forged({"images": {**GOOD, "shape": [-1, 3, -2, 2]}, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)),
+    "true": forged({"images": {**GOOD, "shape": [True, 3, 2, 2]}, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)),
+    "short data": forged({"images": GOOD, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(11)),
+    "offsets": forged({"images": {**GOOD, "data_offsets": [4, 16]}, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)),
+    **{
+        f"bad {name}": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, name: value})}}, bytes(12))
+        for name, value in {
+            "protocol": 2,
+            "prompts": ["a", "b"],
+            "metadata": ["x"],
+            "rewards": "all",
+            "request_id": "",
+            "deadline_s": "never",
+        }.items()
+    },
+    "long prompt": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "prompts": ["a" * 10_001]})}}, bytes(12)),
+    "endless deadline": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "deadline_s": math.inf})}}, bytes(12)),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_bodies_are_refused_before_anything_is_allocated(body):
+    with pytest.raises(wire.Malformed):
+        wire.decode(body, wire.Limits())
+
+
+def test_the_forged_body_is_good_but_for_what_was_changed():
+    assert wire.decode(forged({"images": GOOD, "__metadata__": {"request": json.dumps(ASKED)}}, bytes(12)), wire.Limits()).prompts == ["a"]
+    with pytest.raises(wire.Malformed, match="bytes, needed at most"):
+        wire.decode(wire.encode(request()), wire.Limits(max_bytes=100))
