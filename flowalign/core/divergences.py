@@ -205,8 +205,8 @@ def generator(name: str, log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*
         ValueError: If the name is unknown or a ratio is nan.
 
     Examples:
-        >>> generator("squared_hellinger", torch.tensor([4.0]).log())
-        tensor([-1.], dtype=torch.float64)
+        >>> generator("reverse_kl", torch.tensor([0.5]))
+        tensor([-0.5000], dtype=torch.float64)
     """
     entry = divergence(name)
     _check(log_ratio)
@@ -234,8 +234,8 @@ def pull(name: str, log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape
     differentiated through is pulled by. In ``u = q / p = 1 / r`` it is the derivative of ``u f(1 / u)``, the link of f-DPG (`flowalign.estimators.links`).
 
     Examples:
-        >>> pull("forward_kl", torch.tensor([2.0]).log())
-        tensor([-2.], dtype=torch.float64)
+        >>> pull("reverse_kl", torch.tensor([0.5]))
+        tensor([0.5000], dtype=torch.float64)
     """
     entry = divergence(name)
     _check(log_ratio)
