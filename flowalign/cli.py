@@ -85,6 +85,18 @@ def _parser() -> argparse.ArgumentParser:
         "--num-steps", type=_positive, default=None, help="denoising steps; as in the run or the model's own configuration where not given"
     )
 
+    lcsc = add(
+        "lcsc",
+        "combine a run's checkpoints: search for better weights than the last ones, by the run's own rewards",
+        "flowalign lcsc runs/mine --budget 60",
+    )
+    lcsc.add_argument("run", type=Path, metavar="RUN", help="run folder; train with --train.keep_checkpoints 10 or so")
+    lcsc.add_argument("--output", type=Path, default=None, help="folder for weights and summary.json; RUN/lcsc where not given")
+    lcsc.add_argument("--budget", type=_positive, default=60, help="combinations that are scored")
+    lcsc.add_argument("--num-prompts", type=_positive, default=64, help="prompts of the search, and as many others for the check")
+    lcsc.add_argument("--images-per-prompt", type=_positive, default=1, help="images of each prompt")
+    lcsc.add_argument("--seed", type=int, default=0, help="seed of search, noise and choice of prompts")
+
     world = add("shapes", "commands of the embedded world", "flowalign shapes pretrain --output runs/pretrain")
     actions = world.add_subparsers(dest="action", required=True, metavar="ACTION")
     pretrain = actions.add_parser(
@@ -121,6 +133,12 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         steps = {} if options.steps is None else {"steps": options.steps}
         print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
+        return
+    if options.command == "lcsc":
+        from flowalign.lcsc import lcsc
+
+        arguments = {name: vars(options)[name] for name in ("output", "budget", "num_prompts", "images_per_prompt", "seed")}
+        lcsc(options.run, **arguments)
         return
     _run(options)
 
