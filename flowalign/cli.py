@@ -14,6 +14,7 @@ COMMANDS = (
     training.add_train,
     measuring.add_evaluate,
     training.add_benchmark,
+    training.add_lcsc,
     measuring.add_sample,
     measuring.add_report,
     training.add_shapes,

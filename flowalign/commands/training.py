@@ -1,4 +1,4 @@
-"""Commands that train: demo, train, benchmark, shapes pretrain."""
+"""Commands that train: demo, train, benchmark, lcsc, shapes pretrain."""
 
 from __future__ import annotations
 
@@ -84,3 +84,25 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     steps = {} if options.steps is None else {"steps": options.steps}
     print(f"written: {pretrain(options.output, PretrainConfig(seed=options.seed, **steps), threads=options.threads)}")
+
+
+def add_lcsc(add: Add) -> None:
+    """Add `flowalign lcsc`."""
+    lcsc = add(
+        "lcsc",
+        "combine a run's checkpoints: search for better weights than the last ones, by the run's own rewards",
+        "flowalign lcsc runs/mine --budget 60",
+    )
+    lcsc.add_argument("folder", type=Path, metavar="RUN", help="run folder; train with --train.keep_checkpoints 10 or so")
+    lcsc.add_argument("--output", type=Path, default=None, help="folder for weights and summary.json; RUN/lcsc where not given")
+    lcsc.add_argument("--budget", type=positive, default=60, help="combinations that are scored")
+    lcsc.add_argument("--num-prompts", type=positive, default=64, help="prompts of the search, and as many others for the check")
+    lcsc.add_argument("--images-per-prompt", type=positive, default=1, help="images of each prompt")
+    lcsc.add_argument("--seed", type=int, default=0, help="seed of search, noise and choice of prompts")
+    lcsc.set_defaults(run=_lcsc)
+
+
+def _lcsc(options: argparse.Namespace) -> None:
+    from flowalign.lcsc import lcsc
+
+    lcsc(options.folder, **{name: vars(options)[name] for name in ("output", "budget", "num_prompts", "images_per_prompt", "seed")})

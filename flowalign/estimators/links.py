@@ -1,6 +1,5 @@
 """Derivatives of f-divergences, ``f'(u)`` at ``u = policy / target``: links of preference objectives and of f-DPG."""
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -8,18 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowalign.core.divergences import DIVERGENCES
 from flowalign.estimators.spelling import unknown
 
 FLink = Literal["reverse_kl", "forward_kl", "jensen_shannon", "total_variation", "chi_square", "alpha"]
 
 LINKS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
     {
-        "reverse_kl": lambda log_u, alpha: log_u + 1,
-        "forward_kl": lambda log_u, alpha: -torch.exp(-log_u),
-        # log(2 u / (1 + u)) in a form that overflows on neither side.
-        "jensen_shannon": lambda log_u, alpha: math.log(2.0) - torch.nn.functional.softplus(-log_u),
+        # As functions of u a divergence is u f(1 / u), whose derivative is f(r) - r f'(r) at r = 1 / u.
+        "reverse_kl": lambda log_u, alpha: DIVERGENCES["reverse_kl"].pull(-log_u),
+        "forward_kl": lambda log_u, alpha: DIVERGENCES["forward_kl"].pull(-log_u),
+        "jensen_shannon": lambda log_u, alpha: DIVERGENCES["jensen_shannon"].pull(-log_u),
         "total_variation": lambda log_u, alpha: torch.where(log_u.isnan(), log_u, torch.sign(log_u) / 2),
-        "chi_square": lambda log_u, alpha: 1 - torch.exp(-2 * log_u),
+        "chi_square": lambda log_u, alpha: DIVERGENCES["pearson_chi_squared"].pull(-log_u),
         "alpha": lambda log_u, alpha: -torch.expm1(-alpha * log_u) / alpha,
     }
 )
