@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,15 @@ from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
 from flowalign.pipelines import lora_files
 from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, num_bytes, split, stack
-from flowalign.pipelines.record import Probe, installed, run_probe
+from flowalign.pipelines.family import Family
+from flowalign.pipelines.record import Call, Probe, installed, run_probe
 from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
-from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
+from flowalign.pipelines.replay import Replay, learn_replay
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
+from flowalign.pipelines.schedulers import frame_of
+from flowalign.pipelines.standin import Decoder, StandIn, learn_stand_in, silenced, watched
 
 CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What cannot be read off a recording.
-
-    Attributes:
-        denoiser: The pipeline's attribute that holds the denoiser.
-        arguments: What every call of the pipeline gets: sizes, guidance, text length.
-        guidance_scale: The guidance among them.
-        event_shape: Shape of the latents of one sample.
-        embeds: From conditioning to the arguments of ``__call__`` that carry prompt embeddings.
-        decode: From pipeline and latents to images in [0, 1].
-        targets: Default LoRA targets.
-    """
-
-    denoiser: str
-    arguments: Mapping[str, Any]
-    guidance_scale: float
-    event_shape: tuple[int, ...]
-    embeds: Callable[[Conditioning], Mapping[str, Any]]
-    decode: Callable[[DiffusionPipeline, Tensor], Tensor]
-    targets: tuple[str, ...]
 
 
 class FlowPipeline:
@@ -74,7 +53,8 @@ class FlowPipeline:
         self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
         self.module = self.denoiser
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
-        self._learnt: tuple[Layout, Replay] | None = None
+        self._event_shape = family.event_shape
+        self._learnt: tuple[Layout, Replay, StandIn | None] | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -85,38 +65,51 @@ class FlowPipeline:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of the latents of one sample."""
-        return self.family.event_shape
+        """Shape of the latents of one sample, packed where the pipeline packs them."""
+        if self._event_shape is None:
+            self._event_shape = tuple(self._probe(Probe(num_steps=1), ["a"], self.num_steps, given=False).steps[0].sample.shape[1:])
+        return self._event_shape
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.roles.lora is None and self.dtype != torch.float32:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()
 
-    def _probe(self, probe: Probe, prompts: Sequence[str], num_steps: int) -> Probe:
+    def _probe(
+        self, probe: Probe, prompts: Sequence[str], num_steps: int, *, given: bool = True, encoder: Callable[..., Any] | None = None
+    ) -> Probe:
         # Latents are given, so that the pipeline draws nothing from torch's global generator; samples differ, so that no wrong axis fits.
-        latents = torch.randn(len(prompts), *self.event_shape, generator=torch.Generator().manual_seed(0))
-        arguments = {
-            **self.family.arguments,
-            "prompt": list(prompts),
-            "num_inference_steps": num_steps,
-            "latents": latents.to(self.device, self.dtype),
-        }
+        generator = torch.Generator().manual_seed(0)
+        arguments = {**self.family.arguments, **self._texts(prompts), "num_inference_steps": num_steps}
+        if given:
+            arguments["latents"] = torch.randn(len(prompts), *self.event_shape, generator=generator).to(self.device, self.dtype)
+        else:
+            arguments["generator"] = generator
         with self._precision():
-            return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments)
+            return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments, encoder)
 
-    def _learn(self) -> tuple[Layout, Replay]:
+    def _texts(self, prompts: Sequence[str]) -> dict[str, Any]:
+        negative = self.family.negative_prompt
+        return {"prompt": list(prompts)} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
+
+    def _fixed(self, calls: Sequence[Call]) -> list[dict[str, Any]]:
+        told = [call.arguments for call in calls]
+        return told if self.family.fix is None else self.family.fix(told)
+
+    def _learn(self) -> tuple[Layout, Replay, StandIn | None]:
         """Work out from two short recordings where the batch is, what the timestep is and how outputs are combined."""
         if self._learnt is None:
-            steps = self._probe(Probe(num_steps=3), ["a", "b"], max(self.num_steps, 3)).steps
-            replay = learn_replay(steps, (self.family.guidance_scale,))
-            two = steps[0].calls
-            one = self._probe(Probe(num_steps=1, num_calls=len(two)), ["a"], max(self.num_steps, 3)).calls
+            family, num_steps = self.family, max(self.num_steps, 3)
+            watch = [None, None] if family.embeds else [watched(self.pipe), watched(self.pipe)]
+            steps = self._probe(Probe(num_steps=3), ["a", "b"], num_steps, encoder=watch[1]).steps
+            replay = learn_replay(steps, (family.guidance_scale,), afters=family.afters, frame=frame_of(self.pipe.scheduler))
+            one = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), ["a"], num_steps, encoder=watch[0]).calls
             layout = []
-            for rule, first, second in zip(replay.calls, one, two, strict=True):
-                names = [name for name in second.arguments if name not in (rule.latents, rule.timestep)]
-                layout.append({name: learn(name, first.arguments[name], second.arguments[name]) for name in names})
-            self._learnt = tuple(layout), replay
+            for rule, first, second in zip(replay.calls, self._fixed(one), self._fixed(steps[0].calls), strict=True):
+                names = [name for name in second if name not in (rule.latents, rule.timestep)]
+                layout.append({name: learn(name, first[name], second[name]) for name in names})
+            stand_in = learn_stand_in(watch[0], watch[1]) if watch[0] and watch[1] else None
+            self._learnt = tuple(layout), replay, stand_in
         return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -135,7 +128,7 @@ class FlowPipeline:
         """
         if not prompts:
             raise ValueError("encode: needs at least one prompt, got none")
-        layout, replay = self._learn()
+        layout, replay, _ = self._learn()
         distinct = list(dict.fromkeys(prompts))
         for prompt in distinct:
             if prompt in self._encoded:
@@ -144,9 +137,9 @@ class FlowPipeline:
                 calls = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
                 self._encoded[prompt] = tuple(
                     leaf
-                    for specs, call in zip(layout, calls, strict=True)
+                    for specs, told in zip(layout, self._fixed(calls), strict=True)
                     for name, spec in specs.items()
-                    for leaf in moved(tuple(split(name, spec, call.arguments[name], 1)), "cpu")  # a GPU is too small for thousands
+                    for leaf in moved(tuple(split(name, spec, told[name], 1)), "cpu")  # a GPU is too small for thousands
                 )
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
@@ -162,7 +155,9 @@ class FlowPipeline:
         num = self.num_steps if num_steps is None else num_steps
         if num not in self._grids:
             # A probe of no steps leaves as soon as the schedule is known.
-            self._grids[num] = self._probe(Probe(num_steps=0), ["a"], num).sigmas.float().cpu()
+            stand_in = self._learnt[2] if self._learnt else None
+            probe = self._probe(Probe(num_steps=0), ["a"], num, encoder=stand_in(1) if stand_in else None)
+            self._grids[num] = probe.sigmas.float().cpu()
         return self._grids[num]
 
     def rollout(
@@ -181,14 +176,16 @@ class FlowPipeline:
         Args:
             cond: Conditioning of ``batch`` samples.
             plan: One kernel for each step of the schedule.
-            x_init: State at ``sigmas[start]``, ``[batch, *event]`` float32.
+            x_init: At ``start`` 0 the standard normal noise that the pipeline takes as its first latents, else the state at
+                ``sigmas[start]``; ``[batch, *event]`` float32.
             noise: Standard normal draws for a step, ``[batch, *event]``; asked once for each noisy step.
             start: Resume in the middle of the schedule.
             batch_size: Samples of one call; None for all.
             role: Version of the network that samples.
 
         Returns:
-            The trajectory; latents and log-probs are float32 whatever the denoiser computes in.
+            The trajectory; latents and log-probs are float32 whatever the denoiser computes in. Its ``x0`` is what the pipeline decodes;
+            a variance-preserving schedule may end a little above ``sigma`` 0, and the pipeline takes that for clean.
 
         Raises:
             ValueError: If sizes do not fit, or the pipeline does what a replay would not repeat (the reason is named).
@@ -210,7 +207,7 @@ class FlowPipeline:
         with self.roles.use(role) as network:
             for rows in torch.arange(len(cond)).split(batch_size or len(cond)):
                 recorder = self._record(network, cond.take(rows), plan, x_init[rows.to(x_init.device)], draw, rows, start)
-                finals.append(recorder.x)
+                finals.append(recorder.latents)
                 tables += recorder.tables
         transitions = concatenate(tables, finals[0])
         return Trajectory(x_init=x_init, x0=torch.cat(finals), sigmas=self.sigmas(plan.num_steps), transitions=transitions)
@@ -219,26 +216,30 @@ class FlowPipeline:
         self, network: nn.Module, cond: Conditioning, plan: Plan, x: Tensor, draw: NoiseSource, rows: Tensor, start: int
     ) -> Recorder:
         """Make one call of the pipeline."""
-        _, replay = self._learn()
+        _, replay, stand_in = self._learn()
         recorder = Recorder(
             plan,
             x.to(self.device, torch.float32),
             lambda step: draw(step)[rows].to(self.device),
             start=start,
+            sigma=self.sigmas(plan.num_steps)[start],
             first=int(rows[0]),
             dtype=self.dtype,
             replay=replay,
             expected=cond.arguments(),
+            is_told=stand_in is not None,
         )
+        embeds = self.family.embeds
         arguments = {
             **self.family.arguments,
-            **self.family.embeds(cond),
+            **(embeds(cond) if embeds else self._texts([""] * len(cond))),
             "num_inference_steps": plan.num_steps,
-            "latents": recorder.x.to(self.dtype),
+            "latents": recorder.latents.to(self.dtype),
             "output_type": "latent",
             "return_dict": False,
         }
-        with installed(self.pipe, self.family.denoiser, network, recorder), torch.no_grad(), self._precision():
+        encode = stand_in(len(cond)) if stand_in else None
+        with installed(self.pipe, self.family.denoiser, network, recorder, encode), torch.no_grad(), self._precision():
             recorder.check(self.pipe(**arguments)[0])
         if start == 0 or plan.num_steps not in self._known:
             self._known[plan.num_steps] = torch.stack(recorder.levels).to(self.device), torch.stack(recorder.timesteps)
@@ -269,17 +270,18 @@ class FlowPipeline:
 
     def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Replay a network that is given, as it is; see ``velocity``."""
-        _, replay = self._learn()
+        _, replay, _ = self._learn()
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
         timestep = replay.timestep(levels, self._known_timesteps(x.device))
-        shown = x.to(self.dtype)
+        shown = replay.frame.shown(x, levels)
         outputs: list[Tensor] = []
         with self._precision():
             for rule, arguments in zip(replay.calls, cond.arguments(), strict=True):
-                arguments[rule.latents] = shown if rule.copies == 1 else torch.cat([shown] * rule.copies)
+                arguments[rule.latents] = rule.show(shown)
                 arguments[rule.timestep] = timestep.repeat(rule.copies)
-                outputs += tensor_of(network(**arguments)).chunk(rule.copies)
-            return replay.combine(outputs).float()
+                outputs += [part.to(replay.output_dtype) for part in rule.outputs(network(**arguments))]
+            prediction = replay.combine(outputs)
+        return replay.frame.velocity(prediction.float(), shown, levels)
 
     def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self._known:
@@ -289,8 +291,22 @@ class FlowPipeline:
 
     def decode(self, x: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode latents ``[batch, *event]`` to images ``[batch, 3, h, w]`` in [0, 1], float32."""
+        decode = self.family.decode
         with torch.no_grad():
-            return torch.cat([self.family.decode(self.pipe, part.to(self.dtype)).float() for part in x.split(batch_size)])
+            return torch.cat(
+                [(decode(self.pipe, part.to(self.dtype)) if decode else self._decode(part)).float() for part in x.split(batch_size)]
+            )
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """Let the pipeline's own ``__call__`` decode: it takes its last step with a silent denoiser and is given the latents."""
+        _, replay, stand_in = self._learn()
+        assert stand_in is not None
+        shown = x.to(self.device, self.dtype)
+        arguments = {**self.family.arguments, **self._texts([""] * len(x)), "num_inference_steps": self.num_steps, "latents": shown}
+        driver = Decoder(self.num_steps - 1, shown)
+        with installed(self.pipe, self.family.denoiser, self.denoiser, driver, stand_in(len(x))), silenced(self.denoiser, replay):
+            images: Tensor = self.pipe(**arguments, output_type="pt", return_dict=False)[0]
+        return images
 
     def save(self, folder: Path, role: str = CURRENT) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.

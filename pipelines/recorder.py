@@ -11,7 +11,9 @@ from torch import Tensor
 from flowalign.core.kernels import sample
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Transitions
+from flowalign.pipelines.frames import enter
 from flowalign.pipelines.replay import Replay, differences
+from flowalign.pipelines.schedulers import Schedule
 
 NoiseSource = Callable[[int], Tensor]
 
@@ -26,6 +28,7 @@ class Recorder:
         start: First step of the plan that is taken.
         first: Number of the first sample in the whole rollout.
         x: The state, ``[batch, *event]``.
+        latents: The same in the pipeline's coordinates, float32; at the end what the pipeline decodes.
         tables: Trained steps with their rows.
         levels: Noise level of each step that was taken.
         timesteps: What the denoiser was told at each of them.
@@ -38,32 +41,38 @@ class Recorder:
         noise: NoiseSource,
         *,
         start: int,
+        sigma: Tensor,
         first: int,
         dtype: torch.dtype,
         replay: Replay,
         expected: Sequence[dict[str, Any]],
+        is_told: bool = False,
     ) -> None:
-        self.start, self.first, self.x = start, first, x
+        self.start, self.first = start, first
+        self.x, self.latents = enter(replay.frame, x, sigma, start=start, is_trained=plan.steps[start].is_trained)
         self.tables: list[tuple[int, Transitions]] = []
         self.levels: list[Tensor] = []
         self.timesteps: list[Tensor] = []
         self._plan, self._noise, self._replay, self._expected = plan, noise, replay, expected
+        self._schedule = Schedule(sigmas=torch.empty(0))
         self._sigmas = torch.empty(0)
         self._calls = 0
+        self._instead = [dict(arguments) for arguments in expected] if is_told else None
         self._flags: list[tuple[str, Tensor | bool]] = []
         self._edits: list[tuple[str, Tensor | bool]] = []
-        self._show(x, dtype)
+        self._show(self.latents, dtype)
 
-    def begin(self, sigmas: Tensor) -> None:
+    def begin(self, schedule: Schedule) -> None:
         """Check the plan against the schedule."""
+        self._schedule, sigmas = schedule, schedule.sigmas
         # On the CPU, so that kernels can look at noise levels without waiting for a device.
         self._sigmas = sigmas.float().cpu()
         got = len(sigmas) - 1 + self.start
         if got != self._plan.num_steps:
             raise ValueError(f"plan: has {self._plan.num_steps} steps, but the pipeline's schedule has {got}")
 
-    def call(self, arguments: dict[str, Any]) -> None:
-        """Compare one denoiser call with what the replay would tell it."""
+    def call(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Compare one denoiser call with what the replay would tell it; where texts are stood in for, tell it that instead."""
         step, number = self.start + len(self.levels), self._calls
         self._calls += 1
         if number >= len(self._replay.calls):
@@ -76,19 +85,20 @@ class Recorder:
         where = f"the denoiser's arguments in step {step} are not the conditioning that a replay uses"
         if told.keys() != self._expected[number].keys():
             raise ValueError(f"{where}: got {sorted(told)}, expected {sorted(self._expected[number])}")
-        for name, value in told.items():
+        for name, value in told.items() if self.levels or self._instead is None else ():
             self._flags += [(f"{where}: {place} differs", flag) for place, flag in differences(name, self._expected[number][name], value)]
         if not self.levels:
             # From here on the very same objects are expected: comparing those costs nothing.
             self._expected = [told if i == number else other for i, other in enumerate(self._expected)]
         given = arguments[rule.latents]
-        shown = self._shown if rule.copies == 1 else torch.cat([self._shown] * rule.copies)
+        shown = rule.show(self._shown)
         self._flags += [
             (f"the pipeline changes its latents before it shows them to the denoiser in step {step}", flag)
             for _, flag in differences("latents", shown, given)
         ]
         if number == 0:
             self.timesteps.append(arguments[rule.timestep].flatten()[0])
+        return None if self._instead is None else {**arguments, **self._instead[number]}
 
     def answer(self, output: Any) -> None:
         """Let the pipeline combine it."""
@@ -103,7 +113,7 @@ class Recorder:
         self._compare(index, sample_seen)
         now, then = self._sigmas[index - self.start], self._sigmas[index - self.start + 1]
         step = self._plan.steps[index]
-        velocity = model_output.float()
+        velocity = self._replay.frame.velocity(model_output.float(), self.latents, now)
         law = step.kernel(self.x, velocity, now, then)
         x_next = law.mean if step.kernel.is_deterministic else sample(law, self._noise(index))
         if step.is_trained:
@@ -120,8 +130,22 @@ class Recorder:
             )
             self.tables.append((index, rows))
         self.levels.append(now)
-        self.x = x_next
-        return self._show(x_next, model_output.dtype)
+        self._move(index, x_next, model_output.float(), then)
+        return self._show(self.latents, model_output.dtype)
+
+    def _move(self, index: int, x_next: Tensor, output: Tensor, then: Tensor) -> None:
+        """Go on to the next state: by the scheduler's own step where it is deterministic, so that the bits are the untouched pipeline's."""
+        advance, frame = self._schedule.advance, self._replay.frame
+        last = index + 1 == self._plan.num_steps
+        if advance is None or not self._plan.steps[index].kernel.is_deterministic:
+            self.x, self.latents = x_next, frame.shown(x_next, then)
+            return
+        latents = advance(index - self.start, output, self.latents)
+        self.x = frame.state(latents, then)
+        # What a replay begins from is shown as the replay will show it.
+        self.latents = frame.shown(self.x, then) if not last and self._plan.steps[index + 1].is_trained else latents
+        apart = (self.x - x_next).abs().amax() > 1e-3 * x_next.abs().amax().clamp(min=1.0)
+        self._flags.append((f"the scheduler's own step {index} is not that of {type(self._plan.steps[index].kernel).__name__}", apart))
 
     def check(self, latents: Tensor) -> None:
         """Read all comparisons.

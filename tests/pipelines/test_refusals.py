@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.core.kernels import Euler, FlowSDE
 from flowalign.core.plans import Plan, PlanStep, chain, ode
@@ -170,8 +170,13 @@ def test_schedulers_that_cannot_be_driven_are_refused():
     with pytest.raises(ValueError, match="stochastic_sampling: must be False"):
         wrapped(stochastic_sampling=True).sigmas()
     flow = wrapped()
+    flow.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match="FlowMatchHeunDiscreteScheduler is not supported; needs a FlowMatchEulerDiscreteScheduler, or DDIM"
+    ):
+        flow.sigmas()
     flow.pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler is not supported"):
+    with pytest.raises(ValueError, match="clip_sample: must be False"):
         flow.sigmas()
 
 
