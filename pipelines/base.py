@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
-from flowalign.pipelines import lora_files
-from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, num_bytes, split, stack
+from flowalign.pipelines import lora_files, watch
+from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.family import Family
-from flowalign.pipelines.record import Call, Probe, installed, run_probe
+from flowalign.pipelines.record import Probe, installed
 from flowalign.pipelines.recorder import NoiseSource, Recorder, concatenate
-from flowalign.pipelines.replay import Replay, learn_replay
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
-from flowalign.pipelines.schedulers import frame_of
-from flowalign.pipelines.standin import Decoder, StandIn, learn_stand_in, silenced, watched
+from flowalign.pipelines.watch import Learnt
 
 CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
 
@@ -54,7 +52,7 @@ class FlowPipeline:
         self.module = self.denoiser
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
         self._event_shape = family.event_shape
-        self._learnt: tuple[Layout, Replay, StandIn | None] | None = None
+        self._learnt: Learnt | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -67,49 +65,20 @@ class FlowPipeline:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of the latents of one sample, packed where the pipeline packs them."""
         if self._event_shape is None:
-            self._event_shape = tuple(self._probe(Probe(num_steps=1), ["a"], self.num_steps, given=False).steps[0].sample.shape[1:])
+            seen = watch.probe(self, Probe(num_steps=1), ["a"], self.num_steps, given=False)
+            self._event_shape = tuple(seen.steps[0].sample.shape[1:])
         return self._event_shape
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """Compute as rollout and training do: in half precision by autocast where all weights are trained."""
         if self.roles.lora is None and self.dtype != torch.float32:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()
 
-    def _probe(
-        self, probe: Probe, prompts: Sequence[str], num_steps: int, *, given: bool = True, encoder: Callable[..., Any] | None = None
-    ) -> Probe:
-        # Latents are given, so that the pipeline draws nothing from torch's global generator; samples differ, so that no wrong axis fits.
-        generator = torch.Generator().manual_seed(0)
-        arguments = {**self.family.arguments, **self._texts(prompts), "num_inference_steps": num_steps}
-        if given:
-            arguments["latents"] = torch.randn(len(prompts), *self.event_shape, generator=generator).to(self.device, self.dtype)
-        else:
-            arguments["generator"] = generator
-        with self._precision():
-            return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments, encoder)
-
-    def _texts(self, prompts: Sequence[str]) -> dict[str, Any]:
-        negative = self.family.negative_prompt
-        return {"prompt": list(prompts)} | ({} if negative is None else {"negative_prompt": [negative] * len(prompts)})
-
-    def _fixed(self, calls: Sequence[Call]) -> list[dict[str, Any]]:
-        told = [call.arguments for call in calls]
-        return told if self.family.fix is None else self.family.fix(told)
-
-    def _learn(self) -> tuple[Layout, Replay, StandIn | None]:
-        """Work out from two short recordings where the batch is, what the timestep is and how outputs are combined."""
+    def learnt(self) -> Learnt:
+        """What two short recordings told: where the batch is, what the timestep is and how outputs are combined."""
         if self._learnt is None:
-            family, num_steps = self.family, max(self.num_steps, 3)
-            watch = [None, None] if family.embeds else [watched(self.pipe), watched(self.pipe)]
-            steps = self._probe(Probe(num_steps=3), ["a", "b"], num_steps, encoder=watch[1]).steps
-            replay = learn_replay(steps, (family.guidance_scale,), afters=family.afters, frame=frame_of(self.pipe.scheduler))
-            one = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), ["a"], num_steps, encoder=watch[0]).calls
-            layout = []
-            for rule, first, second in zip(replay.calls, self._fixed(one), self._fixed(steps[0].calls), strict=True):
-                names = [name for name in second if name not in (rule.latents, rule.timestep)]
-                layout.append({name: learn(name, first[name], second[name]) for name in names})
-            stand_in = learn_stand_in(watch[0], watch[1]) if watch[0] and watch[1] else None
-            self._learnt = tuple(layout), replay, stand_in
+            self._learnt = watch.learn_all(self)
         return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -128,16 +97,16 @@ class FlowPipeline:
         """
         if not prompts:
             raise ValueError("encode: needs at least one prompt, got none")
-        layout, replay, _ = self._learn()
+        layout, replay, _ = self.learnt()
         distinct = list(dict.fromkeys(prompts))
         for prompt in distinct:
             if prompt in self._encoded:
                 self._encoded[prompt] = self._encoded.pop(prompt)
             else:
-                calls = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
+                calls = watch.probe(self, Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
                 self._encoded[prompt] = tuple(
                     leaf
-                    for specs, told in zip(layout, self._fixed(calls), strict=True)
+                    for specs, told in zip(layout, watch.fixed(self.family, calls), strict=True)
                     for name, spec in specs.items()
                     for leaf in moved(tuple(split(name, spec, told[name], 1)), "cpu")  # a GPU is too small for thousands
                 )
@@ -155,9 +124,9 @@ class FlowPipeline:
         num = self.num_steps if num_steps is None else num_steps
         if num not in self._grids:
             # A probe of no steps leaves as soon as the schedule is known.
-            stand_in = self._learnt[2] if self._learnt else None
-            probe = self._probe(Probe(num_steps=0), ["a"], num, encoder=stand_in(1) if stand_in else None)
-            self._grids[num] = probe.sigmas.float().cpu()
+            stand_in = self._learnt.stand_in if self._learnt else None
+            seen = watch.probe(self, Probe(num_steps=0), ["a"], num, encoder=stand_in(1) if stand_in else None)
+            self._grids[num] = seen.sigmas.float().cpu()
         return self._grids[num]
 
     def rollout(
@@ -216,7 +185,7 @@ class FlowPipeline:
         self, network: nn.Module, cond: Conditioning, plan: Plan, x: Tensor, draw: NoiseSource, rows: Tensor, start: int
     ) -> Recorder:
         """Make one call of the pipeline."""
-        _, replay, stand_in = self._learn()
+        _, replay, stand_in = self.learnt()
         recorder = Recorder(
             plan,
             x.to(self.device, torch.float32),
@@ -232,14 +201,14 @@ class FlowPipeline:
         embeds = self.family.embeds
         arguments = {
             **self.family.arguments,
-            **(embeds(cond) if embeds else self._texts([""] * len(cond))),
+            **(embeds(cond) if embeds else watch.texts(self.family, [""] * len(cond))),
             "num_inference_steps": plan.num_steps,
             "latents": recorder.latents.to(self.dtype),
             "output_type": "latent",
             "return_dict": False,
         }
         encode = stand_in(len(cond)) if stand_in else None
-        with installed(self.pipe, self.family.denoiser, network, recorder, encode), torch.no_grad(), self._precision():
+        with installed(self.pipe, self.family.denoiser, network, recorder, encode), torch.no_grad(), self.precision():
             recorder.check(self.pipe(**arguments)[0])
         if start == 0 or plan.num_steps not in self._known:
             self._known[plan.num_steps] = torch.stack(recorder.levels).to(self.device), torch.stack(recorder.timesteps)
@@ -270,12 +239,12 @@ class FlowPipeline:
 
     def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Replay a network that is given, as it is; see ``velocity``."""
-        _, replay, _ = self._learn()
+        _, replay, _ = self.learnt()
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
         timestep = replay.timestep(levels, self._known_timesteps(x.device))
         shown = replay.frame.shown(x, levels)
         outputs: list[Tensor] = []
-        with self._precision():
+        with self.precision():
             for rule, arguments in zip(replay.calls, cond.arguments(), strict=True):
                 arguments[rule.latents] = rule.show(shown)
                 arguments[rule.timestep] = timestep.repeat(rule.copies)
@@ -294,19 +263,8 @@ class FlowPipeline:
         decode = self.family.decode
         with torch.no_grad():
             return torch.cat(
-                [(decode(self.pipe, part.to(self.dtype)) if decode else self._decode(part)).float() for part in x.split(batch_size)]
+                [(decode(self.pipe, part.to(self.dtype)) if decode else watch.decode(self, part)).float() for part in x.split(batch_size)]
             )
-
-    def _decode(self, x: Tensor) -> Tensor:
-        """Let the pipeline's own ``__call__`` decode: it takes its last step with a silent denoiser and is given the latents."""
-        _, replay, stand_in = self._learn()
-        assert stand_in is not None
-        shown = x.to(self.device, self.dtype)
-        arguments = {**self.family.arguments, **self._texts([""] * len(x)), "num_inference_steps": self.num_steps, "latents": shown}
-        driver = Decoder(self.num_steps - 1, shown)
-        with installed(self.pipe, self.family.denoiser, self.denoiser, driver, stand_in(len(x))), silenced(self.denoiser, replay):
-            images: Tensor = self.pipe(**arguments, output_type="pt", return_dict=False)[0]
-        return images
 
     def save(self, folder: Path, role: str = CURRENT) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -69,7 +69,7 @@ class VariancePreserving:
     """
 
     prediction: Literal["epsilon", "v_prediction", "sample"]
-    levels: Tensor
+    levels: Tensor = field(repr=False)
 
     def state(self, shown: Tensor, sigma: Tensor) -> Tensor:
         """Divide by ``alpha + beta``."""

@@ -44,16 +44,13 @@ class Subject:
         flow: The pipeline.
         noise: Two samples' first latents.
         draws: Noise of each step.
+        num_steps: Steps of every rollout.
     """
 
     flow: FlowPipeline
     noise: Tensor
     draws: Callable[[int], Tensor]
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of every rollout."""
-        return self.flow.num_steps
+    num_steps: int
 
     @property
     def kernel(self) -> Kernel:
@@ -71,13 +68,13 @@ class Subject:
         return self.flow.rollout(self.flow.encode([PROMPT] * 2), plan, **given)
 
 
-def subject(flow: FlowPipeline) -> Subject:
-    """Draw the noise of the checks."""
+def subject(flow: FlowPipeline, *, num_steps: int | None = None) -> Subject:
+    """Draw the noise of the checks; they take the pipeline's default number of steps unless another is given."""
 
     def draw(seed: int) -> Tensor:
         return torch.randn(2, *flow.event_shape, generator=torch.Generator().manual_seed(seed)).to(flow.device)
 
-    return Subject(flow=flow, noise=draw(0), draws=lambda step: draw(100 + step))
+    return Subject(flow=flow, noise=draw(0), draws=lambda step: draw(100 + step), num_steps=num_steps or flow.num_steps)
 
 
 def own_images(flow: FlowPipeline, noise: Tensor, num_steps: int) -> Tensor:
@@ -186,9 +183,9 @@ CHECKS: Mapping[str, Callable[[Subject], Finding]] = {
 }
 
 
-def findings(flow: FlowPipeline) -> Iterator[Finding]:
+def findings(flow: FlowPipeline, *, num_steps: int | None = None) -> Iterator[Finding]:
     """Run every check; one that raises is a failure with its reason."""
-    it = subject(flow)
+    it = subject(flow, num_steps=num_steps)
     for name, check in CHECKS.items():
         try:
             yield check(it)

@@ -149,7 +149,7 @@ def driven_scheduler(scheduler: Any, driver: Driver) -> Any:
 
 
 def _driven_flow(parent: Any, driver: Driver) -> Any:
-    class Driven(parent):  # type: ignore
+    class Driven(parent):
         """The pipeline's scheduler with its steps handed to a driver."""
 
         # Spelled out because the pipelines' retrieve_timesteps reads the parameter names.

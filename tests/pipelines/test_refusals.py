@@ -117,13 +117,13 @@ def test_guidance_that_is_not_linear_is_refused_with_its_residual():
 def test_a_sign_or_another_factor_is_worked_out():
     flow = wrapped(kind=scheduler_input(lambda output, step: -output))
     done = flow.rollout(flow.encode(PROMPTS), chain(FlowSDE(0.3), STEPS), x_init=initial(), noise=noise)
-    assert flow._learn()[1].combine == Linear(weights=(-1.0,))
+    assert flow.learnt()[1].combine == Linear(weights=(-1.0,))
     rows = done.transitions.take(done.transitions.step == 1)
     with torch.no_grad():
         assert torch.equal(flow.velocity(rows.x, rows.sigma, flow.encode(PROMPTS)), rows.velocity)
     doubled = wrapped(4.5, scheduler_input(lambda output, step: 2 * output))
     doubled.encode(PROMPTS)
-    combine = doubled._learn()[1].combine
+    combine = doubled.learnt()[1].combine
     assert isinstance(combine, Linear)
     assert combine.weights == pytest.approx((-7.0, 9.0), rel=1e-4)
 
