@@ -95,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--steps", type=_positive, default=None, help="steps of the denoiser; default: as shipped")
     pretrain.add_argument("--threads", type=_positive, default=2, help="CPU threads")
 
+    merge = add(
+        "merge", "add a LoRA to its base and write the whole pipeline", "flowalign merge shapes --lora runs/demo/run --output merged"
+    )
+    merge.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    merge.add_argument("--lora", type=Path, required=True, help="run folder or LoRA to add")
+    merge.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
+
+    doctor = add("doctor", "check that a model works here, and what it costs; exits with 1 if a check fails", "flowalign doctor shapes")
+    doctor.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    doctor.add_argument("--num-steps", type=_positive, default=4, help="denoising steps of every rollout")
+    doctor.add_argument("--num-images", type=_positive, default=2, help="images of the rollout that is timed")
+
     listing = add("list", "list what can stand behind 'type' in a configuration", "flowalign list estimators")
     listing.add_argument("kind", nargs="?", choices=KINDS, default=None, help="what to list; default: everything")
     add("env", "print versions and devices for a bug report", "flowalign env")
@@ -148,6 +160,15 @@ def _run(options: argparse.Namespace) -> None:
             images_per_prompt=options.images_per_prompt,
             num_steps=options.num_steps,
         )
+    elif options.command == "merge":
+        from flowalign.generate import merge
+
+        merge(options.model, lora=options.lora, output=options.output)
+    elif options.command == "doctor":
+        from flowalign.doctor import examine
+
+        if not examine(options.model, num_steps=options.num_steps, num_images=options.num_images):
+            sys.exit(1)
     else:
         from flowalign.generate import sample
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -266,15 +266,20 @@ class FlowPipeline:
                 [(decode(self.pipe, part.to(self.dtype)) if decode else watch.decode(self, part)).float() for part in x.split(batch_size)]
             )
 
-    def save(self, folder: Path, role: str = CURRENT) -> None:
+    def save(self, folder: Path, role: str = CURRENT, *, notes: Mapping[str, str] | None = None) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.
 
-        The files are loaded into a fresh copy of the base and compared before they take their name.
+        The files are loaded into a fresh copy of the base and compared, by weights, velocities and pixels, before they take their name.
+
+        Args:
+            folder: Where to.
+            role: Version of the network.
+            notes: Written into the metadata of a LoRA file: base model, recipe, seed, scores.
 
         Raises:
             RuntimeError: If what was written does not behave like what was trained.
         """
-        lora_files.save(self, folder, role)
+        lora_files.save(self, folder, role, notes)
 
     def load_lora(self, folder: Path) -> None:
         """Load a LoRA file into ``current``, for evaluation and sampling."""

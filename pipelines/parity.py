@@ -14,8 +14,9 @@ from flowalign.core.plans import Plan, PlanStep, chain, ode
 from flowalign.core.rollout import Trajectory
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.frames import Flow, Frame
-from flowalign.pipelines.roles import REFERENCE
-from flowalign.pipelines.schedulers import drivable, frame_of
+from flowalign.pipelines.roles import CURRENT, REFERENCE
+from flowalign.pipelines.schedulers import frame_of
+from flowalign.pipelines.watch import own_images
 
 PROMPT = "a photo of a red ring"
 ROUNDING = 1e-4  # of images in [0, 1] and of velocities of order 1, where other batch sizes sum in another order
@@ -77,35 +78,12 @@ def subject(flow: FlowPipeline, *, num_steps: int | None = None) -> Subject:
     return Subject(flow=flow, noise=draw(0), draws=lambda step: draw(100 + step), num_steps=num_steps or flow.num_steps)
 
 
-def own_images(flow: FlowPipeline, noise: Tensor, num_steps: int) -> Tensor:
-    """Let the pipeline's own ``__call__`` make images of the base, with nothing of ours installed.
-
-    A variance-preserving pipeline gets a plain ``DDIMScheduler`` of its own training schedule for it, because that is what is sampled by.
-    """
-    kind, config = drivable(flow.pipe.scheduler)
-    before = flow.pipe.scheduler
-    try:
-        if not isinstance(before, kind):
-            flow.pipe.scheduler = kind.from_config(config)
-        with flow.roles.use(REFERENCE) if flow.roles.lora else flow.roles.use("current"):
-            return call(flow.pipe, flow, noise, num_steps)
-    finally:
-        flow.pipe.scheduler = before
-
-
-def call(pipe: Any, flow: FlowPipeline, noise: Tensor, num_steps: int) -> Tensor:
-    """Call any pipeline of this family for images of the prompt, one per row of the noise."""
-    negative = {} if flow.family.negative_prompt is None else {"negative_prompt": [flow.family.negative_prompt]}
-    texts = {"prompt": [PROMPT], "num_images_per_prompt": len(noise), **negative}
-    options = {"num_inference_steps": num_steps, "latents": noise.to(flow.dtype), "output_type": "pt", "return_dict": False}
-    images: Tensor = pipe(**flow.family.arguments, **texts, **options)[0]
-    return images
-
-
 def images_equal(it: Subject) -> Finding:
     """Compare the images of a deterministic plan with those of the untouched pipeline."""
-    made = it.flow.decode(it.run(ode(it.num_steps), role=REFERENCE if it.flow.roles.lora else "current").x0)
-    own = own_images(it.flow, it.noise, it.num_steps).float()
+    role = REFERENCE if it.flow.roles.lora else CURRENT
+    made = it.flow.decode(it.run(ode(it.num_steps), role=role).x0)
+    with it.flow.roles.use(role):
+        own = own_images(it.flow, it.flow.pipe, PROMPT, it.noise, it.num_steps).float()
     # Text of one length is padded and masked in training, which moves the last bits of attention.
     tolerance = 0.0 if it.flow.family.fix is None and it.flow.dtype == torch.float32 else ROUNDING
     return _distance("images equal the pipeline's own", made, own, tolerance if it.flow.dtype == torch.float32 else 0.1)

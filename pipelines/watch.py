@@ -12,7 +12,7 @@ from flowalign.pipelines.conditioning import Layout, learn
 from flowalign.pipelines.family import Family
 from flowalign.pipelines.record import Call, Probe, installed, run_probe
 from flowalign.pipelines.replay import Replay, learn_replay
-from flowalign.pipelines.schedulers import frame_of
+from flowalign.pipelines.schedulers import drivable, frame_of
 from flowalign.pipelines.standin import Decoder, StandIn, learn_stand_in, silenced, watched
 
 if TYPE_CHECKING:
@@ -111,4 +111,31 @@ def decode(flow: FlowPipeline, x: Tensor) -> Tensor:
     driver = Decoder(flow.num_steps - 1, shown)
     with installed(flow.pipe, family.denoiser, flow.denoiser, driver, stand_in(len(x))), silenced(flow.denoiser, replay):
         images: Tensor = flow.pipe(**arguments, output_type="pt", return_dict=False)[0]
+    return images
+
+
+def own_images(flow: FlowPipeline, pipe: Any, prompt: str, noise: Tensor, num_steps: int) -> Tensor:
+    """Let a pipeline's own ``__call__`` make images with nothing of ours installed.
+
+    A variance-preserving pipeline gets a plain ``DDIMScheduler`` of its own training schedule for it, because that is what is sampled by.
+
+    Args:
+        flow: Says what the calls of this family get.
+        pipe: The pipeline that is called: the same, or a fresh one of the same class.
+        prompt: One text.
+        noise: First latents, a row for each image.
+        num_steps: Of the schedule.
+    """
+    kind, config = drivable(pipe.scheduler)
+    negative = {} if flow.family.negative_prompt is None else {"negative_prompt": [flow.family.negative_prompt]}
+    asked = {"prompt": [prompt], "num_images_per_prompt": len(noise), **negative}
+    options = {"num_inference_steps": num_steps, "latents": noise.to(flow.device, flow.dtype), "output_type": "pt", "return_dict": False}
+    before = pipe.scheduler
+    try:
+        if not isinstance(before, kind):
+            object.__setattr__(pipe, "scheduler", kind.from_config(config))
+        with flow.precision():
+            images: Tensor = pipe(**flow.family.arguments, **asked, **options)[0]
+    finally:
+        object.__setattr__(pipe, "scheduler", before)
     return images

@@ -14,6 +14,7 @@ from flowalign.pipelines import auto, parity
 from flowalign.pipelines.combine import Guidance, LimitedNorm, Rescale, SameNorm
 from flowalign.pipelines.frames import VariancePreserving, factors
 from flowalign.pipelines.loading import quiet
+from flowalign.pipelines.watch import own_images
 from tests.pipelines.families import CASES, build, pipeline, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,11 +73,11 @@ def test_images_equal_those_of_a_pipeline_that_we_never_touched(case):
         stranger.scheduler = DDIMScheduler.from_config(stranger.scheduler.config, clip_sample=False)
     if family.fix is not None:
         stranger.encode_prompt = padding(stranger.encode_prompt, family.arguments["max_sequence_length"])
-    expected = parity.call(stranger, it.flow, it.noise, it.num_steps)
+    expected = own_images(it.flow, stranger, parity.PROMPT, it.noise, it.num_steps)
     assert torch.equal(it.flow.decode(it.run(ode(it.num_steps)).x0), expected)
     # Pictures, not one grey: the comparison says something.
     assert expected.std() > 0.05
-    other = parity.call(stranger, it.flow, it.noise.flip(0), it.num_steps)
+    other = own_images(it.flow, stranger, parity.PROMPT, it.noise.flip(0), it.num_steps)
     assert not torch.equal(other, expected)
     assert family.denoiser in ("transformer", "unet")
 
