@@ -18,6 +18,8 @@ COMMANDS = (
     measuring.add_sample,
     measuring.add_report,
     training.add_shapes,
+    tools.add_doctor,
+    tools.add_merge,
     tools.add_geneval,
     tools.add_serve_reward,
     tools.add_list,

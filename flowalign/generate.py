@@ -97,7 +97,8 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     Returns:
         The settings, and what they build, the LoRA loaded as its current role.
     """
-    from flowalign.pipelines import lora_files, sd3
+    from flowalign.pipelines import lora_files
+    from flowalign.pipelines.choose import settings_of
     from flowalign.pipelines.roles import LoRA
 
     if lora is None and (Path(model) / "weights").is_dir() and (Path(model) / "config.yaml").is_file():
@@ -107,7 +108,7 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     run = _run_of(Path(model) if lora is None else lora)
     # The shipped pipeline is evaluated as its own configuration runs it.
     run = find_config("shapes_awm") if run is None and model == "shapes" else run
-    settings = sd3.Config(model=model) if run is None else load_config(str(run)).pipeline
+    settings = settings_of(model) if run is None else load_config(str(run)).pipeline
     settings = replace(settings, model=model, lora=None, num_steps=num_steps or settings.num_steps)
     if lora is None:
         return settings, settings.build(device=Accelerator().device)
@@ -197,5 +198,15 @@ def sample(
     scale = max(1, 256 // made.shape[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(images.grid(made, num_images, captions=texts, scale=scale), output)
+    print(f"written: {output}")
+    return output
+
+
+def merge(model: str, *, lora: Path, output: Path) -> Path:
+    """Add a LoRA to its base and write the whole pipeline; the command ``flowalign merge``."""
+    from flowalign.pipelines import lora_files
+
+    _, pipeline = open_model(model, lora)
+    lora_files.merge(pipeline, output)
     print(f"written: {output}")
     return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -139,7 +140,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         trainer.after_step = _after_step(config, accelerator)
         trainer.fit(config.steps)
         if accelerator.is_main_process:
-            trainer.pipeline.save(config.output / "weights", trainer.result)  # type: ignore[attr-defined]
+            trainer.pipeline.save(config.output / "weights", trainer.result, notes=_notes(config))  # type: ignore[attr-defined]
             print(f"weights: {config.output / 'weights'}")
         accelerator.end_training()
     return trainer
@@ -161,6 +162,21 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name} is not installed; pip install 'flowalign-diffusion[{name}]', or remove it")
+
+
+def _notes(config: RunConfig) -> dict[str, str]:
+    """Say in the file what it was trained on and how; of a folder only its name, not where it is on this machine."""
+    model = str(vars(config.pipeline).get("model", ""))
+    lines = read_log(config.output / "log.jsonl")
+    encoded = configuration.encode(config)
+    return {
+        "base_model": Path(model).resolve().name if Path(model).expanduser().is_dir() else model,
+        "algorithm": json.dumps(encoded["algorithm"]),
+        "advantage": json.dumps(encoded["advantage"]),
+        "seed": str(config.seed),
+        "steps": str(config.steps),
+        "last_rewards": json.dumps(lines[-1]["reward"] if lines else {}),
+    }
 
 
 def _settings(value: Any, prefix: str = "") -> dict[str, Any]:

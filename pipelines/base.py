@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Noise, Take, Trajectory, explore
-from flowalign.pipelines import lora_files
-from flowalign.pipelines.conditioning import Conditioning, Layout, Leaf, learn, moved, num_bytes, split, stack
+from flowalign.pipelines import lora_files, watch
+from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.family import Family
-from flowalign.pipelines.record import Left, Probe, installed, run_probe
+from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
-from flowalign.pipelines.replay import Replay, learn_replay, tensor_of
 from flowalign.pipelines.roles import CURRENT, LoRA, Roles
+from flowalign.pipelines.watch import Learnt
 
 CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
 
@@ -51,7 +51,8 @@ class FlowPipeline:
         self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
         self.module = self.denoiser
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
-        self._learnt: tuple[Layout, Replay] | None = None
+        self._event_shape = family.event_shape
+        self._learnt: Learnt | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self._covered: dict[int, set[int]] = {}
@@ -64,42 +65,26 @@ class FlowPipeline:
     @property
     def rows_per_evaluation(self) -> int:
         """Rows that the denoiser computes for one velocity: 2 under guidance."""
-        return sum(rule.copies for rule in self._learn()[1].calls)
+        return sum(rule.copies for rule in self.learnt().replay.calls)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of the latents of one sample."""
-        return self.family.event_shape
+        """Shape of the latents of one sample, packed where the pipeline packs them."""
+        if self._event_shape is None:
+            seen = watch.probe(self, Probe(num_steps=1), ["a"], self.num_steps, given=False)
+            self._event_shape = tuple(seen.steps[0].sample.shape[1:])
+        return self._event_shape
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """Compute as rollout and training do: in half precision by autocast where all weights are trained."""
         if self.roles.lora is None and self.dtype != torch.float32:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()
 
-    def _probe(self, probe: Probe, prompts: Sequence[str], num_steps: int) -> Probe:
-        # Latents are given, so that the pipeline draws nothing from torch's global generator; samples differ, so that no wrong axis fits.
-        latents = torch.randn(len(prompts), *self.event_shape, generator=torch.Generator().manual_seed(0))
-        arguments = {
-            **self.family.arguments,
-            "prompt": list(prompts),
-            "num_inference_steps": num_steps,
-            "latents": latents.to(self.device, self.dtype),
-        }
-        with self._precision():
-            return run_probe(self.pipe, self.family.denoiser, self.denoiser, probe, arguments)
-
-    def _learn(self) -> tuple[Layout, Replay]:
-        """Work out from two short recordings where the batch is, what the timestep is and how outputs are combined."""
+    def learnt(self) -> Learnt:
+        """What two short recordings told: where the batch is, what the timestep is and how outputs are combined."""
         if self._learnt is None:
-            steps = self._probe(Probe(num_steps=3), ["a", "b"], max(self.num_steps, 3)).steps
-            replay = learn_replay(steps, (self.family.guidance_scale,))
-            two = steps[0].calls
-            one = self._probe(Probe(num_steps=1, num_calls=len(two)), ["a"], max(self.num_steps, 3)).calls
-            layout = []
-            for rule, first, second in zip(replay.calls, one, two, strict=True):
-                names = [name for name in second.arguments if name not in (rule.latents, rule.timestep)]
-                layout.append({name: learn(name, first.arguments[name], second.arguments[name]) for name in names})
-            self._learnt = tuple(layout), replay
+            self._learnt = watch.learn_all(self)
         return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -118,18 +103,18 @@ class FlowPipeline:
         """
         if not prompts:
             raise ValueError("encode: needs at least one prompt, got none")
-        layout, replay = self._learn()
+        layout, replay, _ = self.learnt()
         distinct = list(dict.fromkeys(prompts))
         for prompt in distinct:
             if prompt in self._encoded:
                 self._encoded[prompt] = self._encoded.pop(prompt)
             else:
-                calls = self._probe(Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
+                calls = watch.probe(self, Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
                 self._encoded[prompt] = tuple(
                     leaf
-                    for specs, call in zip(layout, calls, strict=True)
+                    for specs, told in zip(layout, watch.fixed(self.family, calls), strict=True)
                     for name, spec in specs.items()
-                    for leaf in moved(tuple(split(name, spec, call.arguments[name], 1)), "cpu")  # a GPU is too small for thousands
+                    for leaf in moved(tuple(split(name, spec, told[name], 1)), "cpu")  # a GPU is too small for thousands
                 )
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
@@ -145,7 +130,9 @@ class FlowPipeline:
         num = self.num_steps if num_steps is None else num_steps
         if num not in self._grids:
             # A probe of no steps leaves as soon as the schedule is known.
-            self._grids[num] = self._probe(Probe(num_steps=0), ["a"], num).sigmas.float().cpu()
+            stand_in = self._learnt.stand_in if self._learnt else None
+            seen = watch.probe(self, Probe(num_steps=0), ["a"], num, encoder=stand_in(1) if stand_in else None)
+            self._grids[num] = seen.sigmas.float().cpu()
         return self._grids[num]
 
     def rollout(
@@ -164,24 +151,26 @@ class FlowPipeline:
         Args:
             cond: Conditioning of ``batch`` samples.
             plan: One step for each of the schedule.
-            x_init: State at ``sigmas[start]``, ``[batch, *event]`` float32.
+            x_init: At ``start`` 0 the standard normal noise that the pipeline takes as its first latents, else the state at
+                ``sigmas[start]``; ``[batch, *event]`` float32.
             noise: Standard normal draws for a step, ``[batch * len(plan.drawn(step, start)), *event]``; asked once where something is drawn.
             start: Resume in the middle of the schedule.
             batch_size: Samples of one call; None for all.
             role: Version of the network that samples.
 
         Returns:
-            The trajectory; latents and log-probs are float32 whatever the denoiser computes in.
+            The trajectory; latents and log-probs are float32 whatever the denoiser computes in. Its ``x0`` is what the pipeline decodes;
+            a variance-preserving schedule may end a little above ``sigma`` 0, and the pipeline takes that for clean.
 
         Raises:
             ValueError: If sizes do not fit, or the pipeline does what a replay would not repeat (the reason is named).
         """
         if x_init.shape != (len(cond), *self.event_shape):
             raise ValueError(f"x_init: got shape {tuple(x_init.shape)}, needed {(len(cond), *self.event_shape)}")
-        x_init = x_init.to(self.device, torch.float32)
+        x_init, sigmas, replay = x_init.to(self.device, torch.float32), self.sigmas(plan.num_steps), self.learnt().replay
         with self.roles.use(role) as network:
 
-            def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> None:
+            def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> Tensor:
                 own = cond.take(seed)
                 recorder = Recorder(
                     take,
@@ -189,26 +178,39 @@ class FlowPipeline:
                     start=start,
                     stop=stop,
                     num_steps=plan.num_steps,
+                    sigma=sigmas[start],
                     dtype=self.dtype,
-                    replay=self._learn()[1],
+                    replay=replay,
                     expected=own.arguments(),
+                    is_told=self.learnt().stand_in is not None,
                 )
-                self._drive(network, own, recorder, x, plan.num_steps)
+                self._drive(network, own, recorder, plan.num_steps)
+                return recorder.latents
 
-            return explore(walk, x_init, self.sigmas(plan.num_steps), plan, noise, start=start, batch_size=batch_size)
+            def finish(x: Tensor) -> Tensor:
+                return replay.frame.shown(x, sigmas[-1])
 
-    def _drive(self, network: nn.Module, cond: Conditioning, recorder: Recorder, x: Tensor, num_steps: int) -> None:
+            return explore(walk, x_init, sigmas, plan, noise, start=start, batch_size=batch_size, finish=finish)
+
+    def _drive(self, network: nn.Module, cond: Conditioning, recorder: Recorder, num_steps: int) -> None:
         """Make one call of the pipeline."""
+        stand_in, embeds = self.learnt().stand_in, self.family.embeds
         arguments = {
             **self.family.arguments,
-            **self.family.embeds(cond),
+            **(embeds(cond) if embeds else watch.texts(self.family, [""] * len(cond))),
             "num_inference_steps": num_steps,
-            "latents": x.to(self.dtype),
+            "latents": recorder.latents.to(self.dtype),
             "output_type": "latent",
             "return_dict": False,
         }
+        encode = stand_in(len(cond)) if stand_in else None
         latents = None
-        with installed(self.pipe, self.family.denoiser, network, recorder), torch.no_grad(), self._precision(), suppress(Left):
+        with (
+            installed(self.pipe, self.family.denoiser, network, recorder, encode),
+            torch.no_grad(),
+            self.precision(),
+            suppress(Left),
+        ):
             latents = self.pipe(**arguments)[0]
         recorder.check(latents)
         self._remember(num_steps, recorder)
@@ -251,17 +253,18 @@ class FlowPipeline:
 
     def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Replay a network that is given, as it is; see ``velocity``."""
-        _, replay = self._learn()
+        _, replay, _ = self.learnt()
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
         timestep = replay.timestep(levels, self._known_timesteps(x.device))
-        shown = x.to(self.dtype)
+        shown = replay.frame.shown(x, levels)
         outputs: list[Tensor] = []
-        with self._precision():
+        with self.precision():
             for rule, arguments in zip(replay.calls, cond.arguments(), strict=True):
-                arguments[rule.latents] = shown if rule.copies == 1 else torch.cat([shown] * rule.copies)
+                arguments[rule.latents] = rule.show(shown)
                 arguments[rule.timestep] = timestep.repeat(rule.copies)
-                outputs += tensor_of(network(**arguments)).chunk(rule.copies)
-            return replay.combine(outputs).float()
+                outputs += [part.to(replay.output_dtype) for part in rule.outputs(network(**arguments))]
+            prediction = replay.combine(outputs)
+        return replay.frame.velocity(prediction.float(), shown, levels)
 
     def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self._known:
@@ -271,18 +274,26 @@ class FlowPipeline:
 
     def decode(self, x: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode latents ``[batch, *event]`` to images ``[batch, 3, h, w]`` in [0, 1], float32."""
+        decode = self.family.decode
         with torch.no_grad():
-            return torch.cat([self.family.decode(self.pipe, part.to(self.dtype)).float() for part in x.split(batch_size)])
+            return torch.cat(
+                [(decode(self.pipe, part.to(self.dtype)) if decode else watch.decode(self, part)).float() for part in x.split(batch_size)]
+            )
 
-    def save(self, folder: Path, role: str = CURRENT) -> None:
+    def save(self, folder: Path, role: str = CURRENT, *, notes: Mapping[str, str] | None = None) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.
 
-        The files are loaded into a fresh copy of the base and compared before they take their name.
+        The files are loaded into a fresh copy of the base and compared, by weights, velocities and pixels, before they take their name.
+
+        Args:
+            folder: Where to.
+            role: Version of the network.
+            notes: Written into the metadata of a LoRA file: base model, recipe, seed, scores.
 
         Raises:
             RuntimeError: If what was written does not behave like what was trained.
         """
-        lora_files.save(self, folder, role)
+        lora_files.save(self, folder, role, notes)
 
     def load_lora(self, folder: Path) -> None:
         """Load a LoRA file into ``current``, for evaluation and sampling."""

@@ -34,6 +34,15 @@ class RowList:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """A list that says the same of every sample, such as the sizes of its picture."""
+
+    item: Any
+    copies: int
+    kind: type
+
+
+@dataclass(frozen=True, kw_only=True)
 class Branch:
     """A dict, list or tuple of further arguments."""
 
@@ -41,8 +50,8 @@ class Branch:
     children: Mapping[Any, Any]
 
 
-Spec = Constant | Rows | RowList | Branch
-# One entry per Rows or RowList: [prompts, copies, ...], or one tuple of copies per prompt.
+Spec = Constant | Rows | RowList | Repeated | Branch
+# One entry per Rows, RowList or Repeated: [prompts, copies, ...], one tuple of copies per prompt, or [prompts, 0], which only counts.
 Leaf = Tensor | list[tuple[Tensor, ...]]
 
 
@@ -74,6 +83,8 @@ def learn(where: str, one: Any, two: Any) -> Spec:
             return Branch(kind=type(one), children=children)
         if len(two) == 2 * len(one) and all(isinstance(item, Tensor) for item in two):
             return RowList(copies=len(one), kind=type(one))
+        if one and len(two) == 2 * len(one) and all(_same(one[0], item) for item in (*one, *two)):
+            return Repeated(item=one[0], copies=len(one), kind=type(one))
         raise ValueError(f"{where}: has {len(one)} items for one sample and {len(two)} for two")
     if one != two:
         raise ValueError(f"{where}: is {one!r} for one sample and {two!r} for two")
@@ -109,6 +120,10 @@ def split(where: str, spec: Spec, value: Any, num: int) -> Iterator[Leaf]:
             yield moved.reshape(copies, num, *moved.shape[1:]).transpose(0, 1)
         case RowList(copies=copies):
             yield [tuple(value[row + num * copy] for copy in range(copies)) for row in range(num)]
+        case Repeated(item=item):
+            if not all(_same(item, other) for other in value):
+                raise ValueError(f"{where}: was taken for the same of every sample but depends on the prompt")
+            yield torch.empty(num, 0)
         case Branch(children=children):
             for key, child in children.items():
                 yield from split(f"{where}[{key!r}]", child, value[key], num)
@@ -126,6 +141,8 @@ def join(spec: Spec, leaves: Iterator[Leaf]) -> Any:
         case RowList(copies=copies, kind=kind):
             rows = next(leaves)
             return kind(row[copy] for copy in range(copies) for row in rows)
+        case Repeated(item=item, copies=copies, kind=kind):
+            return kind([item] * (copies * len(next(leaves))))
         case Branch(kind=kind, children=children):
             joined = {key: join(child, leaves) for key, child in children.items()}
             return joined if kind is dict else kind(joined.values())
@@ -134,6 +151,8 @@ def join(spec: Spec, leaves: Iterator[Leaf]) -> Any:
 def _same(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.shape == two.shape and torch.equal(one, two)
+    if isinstance(one, list | tuple) and type(one) is type(two):
+        return len(one) == len(two) and all(map(_same, one, two))
     return type(one) is type(two) and one == two
 
 
@@ -205,7 +224,14 @@ def stack(layout: Layout, rows: Sequence[tuple[Leaf, ...]], index: Tensor) -> Co
 def _concatenated(parts: Sequence[Leaf]) -> Leaf:
     if isinstance(parts[0], list):
         return [row for part in parts for row in part]
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    shapes = {tuple(part.shape[1:]) for part in tensors}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"encode: prompts give the denoiser arguments of different shapes {sorted(shapes)}, so they cannot share a batch; the family must "
+            "pad them to one length (`fix`), or the pipeline be told to (max_sequence_length, padding)"
+        )
+    return torch.cat(tensors)
 
 
 def num_bytes(leaves: tuple[Leaf, ...]) -> int:

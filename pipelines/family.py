@@ -1,15 +1,22 @@
-"""What a family of pipelines must say about itself."""
+"""What a family says of its pipelines, and the settings that all families share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from flowalign.pipelines.combine import After
 from flowalign.pipelines.conditioning import Conditioning
+from flowalign.pipelines.loading import check_device, load
+from flowalign.pipelines.roles import LoRA
+
+Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +26,118 @@ class Family:
     Attributes:
         denoiser: The pipeline's attribute that holds the denoiser.
         arguments: What every call of the pipeline gets: sizes, guidance, text length.
-        guidance_scale: The guidance among them.
-        event_shape: Shape of the latents of one sample.
-        embeds: From conditioning to the arguments of ``__call__`` that carry prompt embeddings.
-        decode: From pipeline and latents to images in [0, 1].
         targets: Default LoRA targets.
+        guidance_scale: The guidance among the arguments that combines outputs of the denoiser.
+        negative_prompt: Passed once per sample; None for the pipeline's own default.
+        afters: What may be done to a guided prediction; whether it is done is read off the recording.
+        fix: From the recorded arguments of each denoiser call to such as do not depend on the length of the text; None where they do not.
+        event_shape: Shape of the latents of one sample; None reads it off.
+        embeds: From conditioning to the arguments of ``__call__`` that carry prompt embeddings; None lets the denoiser be told its
+            conditioning while the pipeline believes in other texts.
+        decode: From pipeline and latents to images in [0, 1]; None lets the pipeline's own ``__call__`` decode.
     """
 
     denoiser: str
-    arguments: Mapping[str, Any]
-    guidance_scale: float
-    event_shape: tuple[int, ...]
-    embeds: Callable[[Conditioning], Mapping[str, Any]]
-    decode: Callable[[DiffusionPipeline, Tensor], Tensor]
+    arguments: Arguments
     targets: tuple[str, ...]
+    guidance_scale: float = 1.0
+    negative_prompt: str | None = None
+    afters: tuple[After, ...] = ()
+    fix: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
+    event_shape: tuple[int, ...] | None = None
+    embeds: Callable[[Conditioning], Arguments] | None = None
+    decode: Callable[[DiffusionPipeline, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """A model and how it is sampled and trained.
+
+    Attributes:
+        model: Folder, or hub id.
+        num_steps: Denoising steps of rollouts.
+        guidance_scale: Guidance in rollout and training.
+        height: Pixels; None for the model's own size.
+        width: Pixels; None for the model's own size.
+        dtype: What the networks compute in; latents, log-probs and adapters stay float32.
+        lora: Adapters to train; null trains all weights of the denoiser.
+        gradient_checkpointing: Trade compute for memory in training.
+    """
+
+    model: str
+    num_steps: int = 10
+    guidance_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: LoRA | None = field(default_factory=LoRA)
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no pipeline takes."""
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps: got {self.num_steps}, needed at least 1")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, needed at least 0")
+
+    @abstractmethod
+    def kind(self) -> type[DiffusionPipeline]:
+        """Return the pipeline's class."""
+
+    @abstractmethod
+    def family(self, pipe: Any) -> Family:
+        """Say what cannot be read off.
+
+        Raises:
+            ValueError: If this model cannot do what the settings say.
+        """
+
+    def without(self) -> dict[str, Any]:
+        """Name parts that are left out when the pipeline is loaded, and options of its constructor."""
+        return {}
+
+    def load(self, *, device: str | torch.device = "cpu") -> Any:
+        """Load the bare pipeline; see ``build``."""
+        check_device(self.dtype, device)
+        pipe = load(self.kind(), self.model, dtype=getattr(torch, self.dtype), **self.without()).to(device)
+        if self.gradient_checkpointing:
+            getattr(pipe, self.family(pipe).denoiser).enable_gradient_checkpointing()
+        return pipe
+
+    def build(self, *, device: str | torch.device = "cpu", seed: int = 0) -> Any:
+        """Load the model and put adapters on it.
+
+        Args:
+            device: Where to put it.
+            seed: Seed of the adapters' first weights.
+
+        Returns:
+            A `flowalign.pipelines.base.FlowPipeline`.
+
+        Raises:
+            FileNotFoundError: If the model is nowhere.
+            ValueError: If it is of another family, cannot make this size, or the device cannot compute in this precision.
+        """
+        from flowalign.pipelines.base import FlowPipeline
+
+        pipe = self.load(device=device)
+        return FlowPipeline(pipe, self.family(pipe), self.lora, num_steps=self.num_steps, seed=seed)
+
+    def size(self, pipe: Any, *, unit: int, default: int, most: int | None = None) -> tuple[int, int]:
+        """Return height and width in pixels.
+
+        Args:
+            pipe: The pipeline.
+            unit: Both are multiples of it.
+            default: The model's own size.
+            most: Largest size; None for no limit.
+
+        Raises:
+            ValueError: If the model cannot make this size.
+        """
+        height, width = self.height or default, self.width or default
+        for name, size in (("height", height), ("width", width)):
+            if size % unit or size < unit or (most is not None and size > most):
+                limit = "" if most is None else f" up to {most}"
+                raise ValueError(f"pipeline.{name}: this model makes multiples of {unit} pixels{limit}, got {size}")
+        return height, width

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers.utils.logging as diffusers_logging
 import torch
@@ -34,13 +35,14 @@ def check_device(dtype: str, device: str | torch.device) -> None:
         raise ValueError("pipeline.dtype: float16 is not usable on a CPU (slow and inaccurate); use float32")
 
 
-def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype) -> DiffusionPipeline:
+def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
     """Load a pipeline in safetensors only.
 
     Args:
         kind: The pipeline class.
         model: A folder, a hub id, or "shapes".
         dtype: Precision of all networks.
+        options: Parts to leave out (None) and settings of the pipeline's constructor.
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not give it.
@@ -57,7 +59,7 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype) -> Di
     absent = _absent(kind, folder) if local else {}
     try:
         with quiet():
-            pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **absent)
+            pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **(absent | options))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub "

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowalign.core.guidance import guide
+from flowalign.pipelines.combine import TOLERANCE, After, Guidance, Linear, learn_combination
+from flowalign.pipelines.frames import Flow, Frame
 from flowalign.pipelines.record import Call, RecordedStep
-
-# Largest relative residual that counts as rounding. A normalised guidance leaves about 0.1.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,39 +22,29 @@ class CallRule:
         latents: Name of the argument that takes the latents.
         timestep: Name of the argument that takes the noise level.
         copies: How often the latents are repeated: 2 under guidance in one batch.
+        dtype: What the denoiser is shown the latents in.
+        axis: Where the pipeline inserts an axis of one (a single frame); None for nowhere.
+        listed: Whether each sample is a tensor of its own, in a list.
     """
 
     latents: str
     timestep: str
     copies: int
+    dtype: torch.dtype
+    axis: int | None = None
+    listed: bool = False
 
+    def show(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Lay latents ``[batch, *event]`` out as the denoiser takes them."""
+        shown = x.to(self.dtype)
+        shown = shown if self.copies == 1 else torch.cat([shown] * self.copies)
+        shown = shown if self.axis is None else shown.unsqueeze(self.axis)
+        return list(shown.unbind()) if self.listed else shown
 
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Plain guidance in diffusers' own order of operations, so that equality is exact."""
-
-    unconditional: int
-    conditional: int
-    scale: float
-
-    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of a step."""
-        return guide(outputs[self.unconditional], outputs[self.conditional], self.scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """Any other linear combination; exact if it is one output or its negative, else up to rounding."""
-
-    weights: tuple[float, ...]
-
-    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Combine the outputs of a step."""
-        terms = [out if weight == 1 else weight * out for weight, out in zip(self.weights, outputs, strict=True)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+    def outputs(self, output: Any) -> list[Tensor]:
+        """Take what the denoiser returned apart: ``copies`` tensors ``[batch, *event]``."""
+        made = tensor_of(output)
+        return list((made if self.axis is None else made.squeeze(self.axis)).chunk(self.copies))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +53,12 @@ class Replay:
 
     Attributes:
         calls: The calls of a step, in order.
-        slope: The timestep is ``slope * sigma + offset``.
+        slope: The timestep is ``slope * clock + offset``, where the clock is sigma, or the training timestep of a variance-preserving model.
         offset: See slope.
         dtype: Type of the timestep.
-        combine: From the outputs of a step, ``[batch, *event]`` each, to the velocity.
+        combine: From the outputs of a step, ``[batch, *event]`` each, to the prediction.
+        output_dtype: What the pipeline combines outputs in.
+        frame: The pipeline's coordinates.
     """
 
     calls: tuple[CallRule, ...]
@@ -76,6 +66,8 @@ class Replay:
     offset: float
     dtype: torch.dtype
     combine: Guidance | Linear
+    output_dtype: torch.dtype
+    frame: Frame
 
     def timestep(self, sigma: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
         """Map noise levels to timesteps.
@@ -85,7 +77,8 @@ class Replay:
             known: Levels and timesteps that a rollout has recorded; these are given back verbatim, others by the rule.
         """
         # The scheduler's own arithmetic, float32 sigmas times a number, so that even the rule hits its timesteps.
-        ruled = sigma * self.slope + self.offset if self.offset else sigma * self.slope
+        clock = self.frame.clock(sigma)
+        ruled = clock * self.slope + self.offset if self.offset else clock * self.slope
         levels, timesteps = known
         if len(levels):
             match = sigma[:, None] == levels
@@ -93,12 +86,16 @@ class Replay:
         return ruled.to(self.dtype)
 
 
-def learn_replay(steps: Sequence[RecordedStep], scales: Sequence[float]) -> Replay:
+def learn_replay(
+    steps: Sequence[RecordedStep], scales: Sequence[float], *, afters: Sequence[After] = (), frame: Frame | None = None
+) -> Replay:
     """Work out a replay from at least two recorded steps.
 
     Args:
         steps: Recorded at different noise levels, with outputs.
         scales: Guidance scales that the pipeline was called with.
+        afters: What its family may do to a guided prediction.
+        frame: The pipeline's coordinates; None for a flow's.
 
     Returns:
         A replay that reproduces every recorded model output.
@@ -114,19 +111,32 @@ def learn_replay(steps: Sequence[RecordedStep], scales: Sequence[float]) -> Repl
             "guidance that works in some steps only)"
         )
     calls = tuple(_learn_call(steps, number) for number in range(counts[0]))
-    slope, offset = _affine(steps, calls[0].timestep)
+    frame = Flow() if frame is None else frame
+    slope, offset = _affine(steps, calls[0].timestep, frame)
+    told = steps[0].calls[0].arguments[calls[0].timestep].dtype
+    wide = steps[0].model_output.dtype
+    outputs = [_outputs(step, calls, wide) for step in steps]
+    if any(part.shape != step.sample.shape for parts, step in zip(outputs, steps, strict=True) for part in parts):
+        raise ValueError(
+            f"the denoiser returns {tuple(outputs[0][0].shape)} for latents {tuple(steps[0].sample.shape)}; needed one prediction"
+        )
     return Replay(
         calls=calls,
         slope=slope,
         offset=offset,
-        dtype=steps[0].calls[0].arguments[calls[0].timestep].dtype,
-        combine=_learn_combination([_outputs(step, calls) for step in steps], steps, scales),
+        # Training timesteps are whole numbers, but levels between them are not.
+        dtype=told if told.is_floating_point else torch.float32,
+        combine=learn_combination(outputs, steps, scales, afters),
+        output_dtype=wide,
+        frame=frame,
     )
 
 
 def tensor_of(output: Any) -> Tensor:
-    """Take the tensor out of what a denoiser returned."""
+    """Take the tensor out of what a denoiser returned; a list of samples is stacked."""
     tensor = output[0] if isinstance(output, tuple | list) else output.sample
+    if isinstance(tensor, list) and all(isinstance(item, Tensor) for item in tensor):
+        return torch.stack(tensor)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"the denoiser returns a {type(tensor).__name__}; needed one tensor")
     return tensor
@@ -160,24 +170,29 @@ def differences(where: str, one: Any, two: Any) -> Iterator[tuple[str, Tensor | 
         yield where, bool(one != two)
 
 
-def _outputs(step: RecordedStep, calls: Sequence[CallRule]) -> list[Tensor]:
-    return [part for call, rule in zip(step.calls, calls, strict=True) for part in tensor_of(call.output).chunk(rule.copies)]
+def _outputs(step: RecordedStep, calls: Sequence[CallRule], dtype: torch.dtype) -> list[Tensor]:
+    return [part.to(dtype) for call, rule in zip(step.calls, calls, strict=True) for part in rule.outputs(call.output)]
 
 
 def _learn_call(steps: Sequence[RecordedStep], number: int) -> CallRule:
     found = [_latents(step.calls[number], step.sample) for step in steps]
-    latents, copies = found[0]
-    if any(pair != found[0] for pair in found):
+    if any(rule != found[0] for rule in found):
         raise ValueError(f"the pipeline passes its latents under changing names or numbers of copies: {found}")
-    return CallRule(latents=latents, timestep=_timestep_name([step.calls[number] for step in steps], latents), copies=copies)
+    return replace(found[0], timestep=_timestep_name([step.calls[number] for step in steps], found[0].latents))
 
 
-def _latents(call: Call, sample: Tensor) -> tuple[str, int]:
+def _latents(call: Call, sample: Tensor) -> CallRule:
     for name, value in call.arguments.items():
-        if isinstance(value, Tensor) and value.dim() == sample.dim() and value.shape[1:] == sample.shape[1:]:
-            copies, rest = divmod(len(value), len(sample))
-            if copies and rest == 0 and all(torch.equal(part, sample) for part in value.chunk(copies)):
-                return name, copies
+        listed = isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+        tensor = torch.stack(value) if listed and len({item.shape for item in value}) == 1 else value
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            continue
+        copies, rest = divmod(len(tensor), len(sample))
+        for axis in (None, *range(1, sample.dim() + 1)) if copies and rest == 0 else ():
+            rule = CallRule(latents=name, timestep="", copies=copies, dtype=tensor.dtype, axis=axis, listed=listed)
+            shown = rule.show(sample)
+            if torch.equal(torch.stack(shown) if isinstance(shown, list) else shown, tensor):
+                return rule
     raise ValueError(
         "no argument of the denoiser equals the latents that the scheduler sees; the pipeline changes them in between (image conditioning, "
         "input scaling) and needs a family of its own"
@@ -199,50 +214,20 @@ def _timestep_name(calls: Sequence[Call], latents: str) -> str:
     return levels[0]
 
 
-def _affine(steps: Sequence[RecordedStep], name: str) -> tuple[float, float]:
+def _affine(steps: Sequence[RecordedStep], name: str, frame: Frame) -> tuple[float, float]:
     sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64)
+    clock = frame.clock(sigma).double()
     recorded = [step.calls[0].arguments[name].flatten()[0] for step in steps]
     value = torch.stack([timestep.double().cpu() for timestep in recorded])
-    design = torch.stack([sigma, torch.ones_like(sigma)], dim=1)
+    design = torch.stack([clock, torch.ones_like(clock)], dim=1)
     slope, offset = torch.linalg.lstsq(design, value[:, None]).solution.flatten().tolist()
     # Every pipeline in use has round numbers here (1000 sigma, sigma, 1 - sigma); what is left is rounding.
     tolerance = TOLERANCE.get(recorded[0].dtype, 1e-2)
     slope, offset = (float(round(v)) if abs(v - round(v)) <= tolerance * float(value.abs().max()) else v for v in (slope, offset))
-    residual = float((slope * sigma + offset - value).abs().max() / value.abs().max())
+    residual = float((slope * clock + offset - value).abs().max() / value.abs().max())
     if residual > tolerance:
         raise ValueError(f"the denoiser's {name} is not affine in sigma (relative residual {residual:.2g})")
     return slope, offset
 
 
-def _learn_combination(outputs: Sequence[Sequence[Tensor]], steps: Sequence[RecordedStep], scales: Sequence[float]) -> Guidance | Linear:
-    num = len(outputs[0])
-    candidates: list[Guidance | Linear] = [Linear(weights=(1.0,)), Linear(weights=(-1.0,))] if num == 1 else []
-    if num == 2:
-        candidates += [Guidance(unconditional=u, conditional=1 - u, scale=scale) for u in (0, 1) for scale in scales]
-    for candidate in candidates:
-        if all(torch.equal(candidate(parts), step.model_output) for parts, step in zip(outputs, steps, strict=True)):
-            return candidate
-    targets = [step.model_output for step in steps]
-    solved = Linear(weights=_solve(outputs, targets))
-    tolerance = TOLERANCE[targets[0].dtype]
-    residuals = [_residual(solved(parts), target) for parts, target in zip(outputs, targets, strict=True)]
-    worst = max(range(len(steps)), key=residuals.__getitem__)
-    if not residuals[worst] <= tolerance:
-        alone = [Linear(weights=_solve([parts], [target])) for parts, target in zip(outputs, targets, strict=True)]
-        fits = [_residual(rule(parts), target) <= tolerance for rule, parts, target in zip(alone, outputs, targets, strict=True)]
-        reason = "the combination changes between steps" if all(fits) else "it is not a linear combination of its denoiser's outputs"
-        raise ValueError(
-            f"at sigma {steps[worst].sigma:.4f} the pipeline's velocity cannot be replayed: {reason} (relative residual "
-            f"{residuals[worst]:.2g}); its family must say how outputs are combined, or switch this kind of guidance off"
-        )
-    return solved
-
-
-def _solve(outputs: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> tuple[float, ...]:
-    columns = [torch.cat([parts[i].double().cpu().flatten() for parts in outputs]) for i in range(len(outputs[0]))]
-    target = torch.cat([tensor.double().cpu().flatten() for tensor in targets])
-    return tuple(torch.linalg.lstsq(torch.stack(columns, 1), target[:, None]).solution.flatten().tolist())
-
-
-def _residual(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12))
+__all__ = ["CallRule", "Guidance", "Linear", "Replay", "differences", "learn_replay", "tensor_of"]

@@ -1,13 +1,47 @@
-"""Commands around rewards and the installation: serve-reward, geneval, list, env."""
+"""Commands around models, rewards and the installation: doctor, merge, serve-reward, geneval, list, env."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from flowalign.commands import Add, positive
 
 KINDS = ("pipelines", "rewards", "algorithms", "estimators")
+
+
+def add_merge(add: Add) -> None:
+    """Add `flowalign merge`."""
+    merge = add(
+        "merge", "add a LoRA to its base and write the whole pipeline", "flowalign merge shapes --lora runs/demo/run --output merged"
+    )
+    merge.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    merge.add_argument("--lora", type=Path, required=True, help="run folder or LoRA to add")
+    merge.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
+    merge.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from flowalign.generate import merge
+
+    merge(options.model, lora=options.lora, output=options.output)
+
+
+def add_doctor(add: Add) -> None:
+    """Add `flowalign doctor`."""
+    doctor = add("doctor", "check that a model works here, and what it costs; exits with 1 if a check fails", "flowalign doctor shapes")
+    doctor.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    doctor.add_argument("--num-steps", type=positive, default=4, help="denoising steps of every rollout")
+    doctor.add_argument("--num-images", type=positive, default=2, help="images of the rollout that is timed")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from flowalign.doctor import examine
+
+    if not examine(options.model, num_steps=options.num_steps, num_images=options.num_images):
+        sys.exit(1)
 
 
 def add_serve_reward(add: Add) -> None:

@@ -13,13 +13,10 @@ from flowalign.core.transitions import Trajectory as Trajectory
 from flowalign.core.transitions import Transitions as Transitions
 
 Noise = Callable[[int], Tensor]
-Take = Callable[[int, Tensor, Tensor], Tensor]
-"""From a step, the states before it and their velocities to the states after it, one for each; the last answer of a walk is not used."""
-
-
-Walk = Callable[[Tensor, Tensor, int, int, Take], None]
+Walk = Callable[[Tensor, Tensor, int, int, "Take"], Tensor]
 """What evaluates the model: a loop over a velocity, or a pipeline's own ``__call__``. From states ``[rows, *event]``, for each row which
-initial state it descends from (and so its conditioning), the steps ``start`` to ``stop - 1`` and what makes each of them."""
+initial state it descends from (and so its conditioning), the steps ``start`` to ``stop - 1`` and what makes each of them, to the states that
+it ends with; these are looked at where they are final (``Take.ends``)."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +27,7 @@ class _Run:
         leaves: Final states of each initial state.
         waiting: From a first step and a kernel, None on the path, to states and the first final states below them.
         finals: Final states with their rows.
+        finish: Applied to final states that no walk ends with.
     """
 
     plan: Plan
@@ -38,6 +36,7 @@ class _Run:
     num: int
     start: int
     leaves: int
+    finish: Callable[[Tensor], Tensor]
     waiting: dict[tuple[int, Kernel | None], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     finals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept: list[Transitions] = field(default_factory=list)
@@ -47,7 +46,7 @@ class _Run:
     def put(self, step: int, kernel: Kernel | None, x: Tensor, leaf: Tensor) -> None:
         """Let a branch wait, or end."""
         if step == self.plan.num_steps:
-            self.finals.append((x, leaf))
+            self.finals.append((self.finish(x), leaf))
         else:
             self.waiting.setdefault((step, kernel), []).append((x, leaf))
 
@@ -111,43 +110,68 @@ class _Run:
         place = torch.searchsorted(states, children % self.leaves, right=True) - 1
         return children // self.leaves * self.leaves + states[place]
 
-    def step_of_path(self, leaf: Tensor) -> Take:
-        """Make the steps of the path: forks leave it, splits end the walk."""
 
-        def take(index: int, x: Tensor, velocity: Tensor) -> Tensor:
-            nonlocal leaf
-            self.evaluations += len(x)
-            plan, step, first = self.plan, self.plan.steps[index], 0
-            if step.fork is not None:
-                first = step.fork.num_children
-                children, leaves = self.branch(index, step.fork.kernel, first, x, velocity, leaf, 1, True)
-                self.put(index + 1, step.fork.completion, children, leaves)
-            if index + 1 == plan.path_end and not plan.keeps_path:
-                return x
-            below = plan.leaves_after(index)
-            x_next, leaf = self.branch(index, step.kernel, step.num_children, x, velocity, leaf + first, below, step.is_trained)
-            if step.num_children > 1 or index + 1 == plan.num_steps:
-                self.put(index + 1, None, x_next, leaf)
-                return x
+@dataclass(kw_only=True)
+class Take:
+    """Makes the steps of one walk: from a step, the states before it and their velocities to the states after it.
+
+    Attributes:
+        run: The rollout.
+        leaf: First final state below each state.
+        completion: Kernel of children that have left the path; None on the path.
+        stop: Where the walk ends.
+    """
+
+    run: _Run
+    leaf: Tensor
+    completion: Kernel | None
+    stop: int
+
+    def kernel(self, index: int) -> Kernel:
+        """Return the kernel of a step."""
+        return self.run.plan.steps[index].kernel if self.completion is None else self.completion
+
+    def is_trained(self, index: int) -> bool:
+        """Tell whether trained transitions begin at the states before a step, so that a replay will begin there."""
+        return self.completion is None and index in self.run.plan.trained
+
+    @property
+    def ends(self) -> bool:
+        """Whether the states that the walk ends with are final ones; else they split, or nobody needs them."""
+        plan = self.run.plan
+        on_path = plan.keeps_path and self.stop == plan.num_steps and plan.steps[-1].num_children == 1
+        return self.completion is not None or on_path
+
+    def __call__(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
+        """Make step ``index``; what leaves the path waits, a split ends the walk."""
+        self.run.evaluations += len(x)
+        if self.completion is not None:
+            return self.run.branch(index, self.completion, 1, x, velocity, self.leaf, 1, False)[0]
+        plan, step, first = self.run.plan, self.run.plan.steps[index], 0
+        if step.fork is not None:
+            first = step.fork.num_children
+            children, leaves = self.run.branch(index, step.fork.kernel, first, x, velocity, self.leaf, 1, True)
+            self.run.put(index + 1, step.fork.completion, children, leaves)
+        if index + 1 == plan.path_end and not plan.keeps_path:
+            return x
+        below, num = plan.leaves_after(index), step.num_children
+        x_next, self.leaf = self.run.branch(index, step.kernel, num, x, velocity, self.leaf + first, below, step.is_trained)
+        if num == 1:
             return x_next
-
-        return take
-
-    def step_of_completion(self, leaf: Tensor, kernel: Kernel) -> Take:
-        """Make the steps of children that have left the path."""
-
-        def take(index: int, x: Tensor, velocity: Tensor) -> Tensor:
-            self.evaluations += len(x)
-            x_next, _ = self.branch(index, kernel, 1, x, velocity, leaf, 1, False)
-            if index + 1 == self.plan.num_steps:
-                self.put(index + 1, kernel, x_next, leaf)
-            return x_next
-
-        return take
+        self.run.put(index + 1, None, x_next, self.leaf)
+        return x
 
 
 def explore(
-    walk: Walk, x_init: Tensor, sigmas: Tensor, plan: Plan, noise: Noise, *, start: int = 0, batch_size: int | None = None
+    walk: Walk,
+    x_init: Tensor,
+    sigmas: Tensor,
+    plan: Plan,
+    noise: Noise,
+    *,
+    start: int = 0,
+    batch_size: int | None = None,
+    finish: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Trajectory:
     """Run a plan with whatever evaluates the model; every common beginning is evaluated once.
 
@@ -159,6 +183,7 @@ def explore(
         noise: Standard normal draws for a step, ``[batch * len(plan.drawn(step, start)), *event]``; asked once where something is drawn.
         start: Begin in the middle of the schedule.
         batch_size: States of one walk; None for all.
+        finish: From a state at the end of the grid to what walks return there.
 
     Returns:
         The trajectory, final states in order.
@@ -172,7 +197,7 @@ def explore(
     if not 0 <= start < plan.path_end:
         raise ValueError(f"start: got {start}, needed a step in [0, {plan.path_end})")
     leaves = plan.leaves_after(start - 1)
-    run = _Run(plan=plan, sigmas=sigmas, noise=noise, num=len(x_init), start=start, leaves=leaves)
+    run = _Run(plan=plan, sigmas=sigmas, noise=noise, num=len(x_init), start=start, leaves=leaves, finish=finish)
     run.put(start, None, x_init, leaves * torch.arange(len(x_init)))
     while run.waiting:
         # The path first, then by step: branches that go the same way are evaluated together.
@@ -181,9 +206,10 @@ def explore(
         x, leaf = (torch.cat(column) for column in zip(*parts, strict=True))
         stop = plan.path_stop(at) if kernel is None else plan.num_steps
         for rows in torch.arange(len(x)).split(batch_size or max(1, len(x))):
-            own = leaf[rows]
-            take = run.step_of_path(own) if kernel is None else run.step_of_completion(own, kernel)
-            walk(x[rows.to(x.device)], own // leaves, at, stop, take)
+            take = Take(run=run, leaf=leaf[rows], completion=kernel, stop=stop)
+            end = walk(x[rows.to(x.device)], take.leaf // leaves, at, stop, take)
+            if take.ends:
+                run.finals.append((end, take.leaf))
     ends, order = (torch.cat(column) for column in zip(*run.finals, strict=True))
     return Trajectory(
         x_init=x_init,
@@ -222,9 +248,10 @@ def rollout(
         [0.25, 0.25, 0.25]
     """
 
-    def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> None:
+    def walk(x: Tensor, seed: Tensor, start: int, stop: int, take: Take) -> Tensor:
         for i in range(start, stop):
             x = take(i, x, velocity(x, sigmas[i]))
+        return x
 
     return explore(walk, x_init, sigmas, plan, noise, start=start)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.core.kernels import Euler, FlowSDE
 from flowalign.core.plans import Plan, PlanStep, chain, ode
@@ -117,13 +117,13 @@ def test_guidance_that_is_not_linear_is_refused_with_its_residual():
 def test_a_sign_or_another_factor_is_worked_out():
     flow = wrapped(kind=scheduler_input(lambda output, step: -output))
     done = flow.rollout(flow.encode(PROMPTS), chain(FlowSDE(0.3), STEPS), x_init=initial(), noise=noise)
-    assert flow._learn()[1].combine == Linear(weights=(-1.0,))
+    assert flow.learnt()[1].combine == Linear(weights=(-1.0,))
     rows = done.transitions.take(done.transitions.step == 1)
     with torch.no_grad():
         assert torch.equal(flow.velocity(rows.x, rows.sigma, flow.encode(PROMPTS)), rows.velocity)
     doubled = wrapped(4.5, scheduler_input(lambda output, step: 2 * output))
     doubled.encode(PROMPTS)
-    combine = doubled._learn()[1].combine
+    combine = doubled.learnt()[1].combine
     assert isinstance(combine, Linear)
     assert combine.weights == pytest.approx((-7.0, 9.0), rel=1e-4)
 
@@ -170,8 +170,13 @@ def test_schedulers_that_cannot_be_driven_are_refused():
     with pytest.raises(ValueError, match="stochastic_sampling: must be False"):
         wrapped(stochastic_sampling=True).sigmas()
     flow = wrapped()
+    flow.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match="FlowMatchHeunDiscreteScheduler is not supported; needs a FlowMatchEulerDiscreteScheduler, or DDIM"
+    ):
+        flow.sigmas()
     flow.pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler is not supported"):
+    with pytest.raises(ValueError, match="clip_sample: must be False"):
         flow.sigmas()
 
 

@@ -72,13 +72,13 @@ def transformer():
     )
 
 
-def autoencoder():
+def autoencoder(num_levels=2):
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=(8,) * num_levels,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

@@ -1,0 +1,144 @@
+"""Any diffusers pipeline, flow or DDPM, worked out from recordings alone, checked against itself, and described."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from flowalign.pipelines import parity
+from flowalign.pipelines.base import FlowPipeline
+from flowalign.pipelines.combine import LimitedNorm, Rescale, SameNorm
+from flowalign.pipelines.family import Family, ModelConfig
+from flowalign.pipelines.loading import INDEX
+
+DENOISERS = ("transformer", "unet")
+# What diffusers calls the projections of attention, in every model that it ships.
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """A pipeline of any class; what is found is printed, and verified before anything else happens.
+
+    Attributes:
+        guidance_scale: Guidance, under the name that the pipeline has for it; 0 and 1 mean what they mean to the pipeline.
+        negative_prompt: Where the pipeline takes one and is guided.
+        arguments: Further arguments of every call of the pipeline.
+    """
+
+    negative_prompt: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def kind(self) -> type[DiffusionPipeline]:
+        """Return the class that the model names.
+
+        Raises:
+            ValueError: If diffusers has none of that name.
+        """
+        index = Path(self.model).expanduser() / INDEX
+        settings = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else DiffusionPipeline.load_config(self.model)
+        name = settings.get("_class_name", "")
+        # diffusers imports its classes when they are asked for, so they are not among its variables.
+        found = getattr(diffusers, name, None) if name in dir(diffusers) else None
+        if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+            raise ValueError(f"pipeline.model: {self.model} is a {name!r}, which diffusers {diffusers.__version__} does not have")
+        return found
+
+    def family(self, pipe: Any) -> Family:
+        """Read the names of the pipeline's parts and arguments.
+
+        Raises:
+            ValueError: If there is not one denoiser, or the pipeline takes no latents or no such argument.
+        """
+        takes = inspect.signature(type(pipe).__call__).parameters
+        unknown = [name for name in ("prompt", "latents", "num_inference_steps", *self.arguments) if name not in takes]
+        if unknown:
+            raise ValueError(f"pipeline: {type(pipe).__name__} takes no argument {unknown[0]!r}; it takes {', '.join(takes)}")
+        parts = [name for name in DENOISERS if isinstance(pipe.components.get(name), nn.Module)]
+        if len(parts) != 1 or isinstance(pipe.components.get("transformer_2"), nn.Module):
+            raise ValueError(f"pipeline: {type(pipe).__name__} has the parts {', '.join(pipe.components)}; needed one of {DENOISERS} alone")
+        scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in takes), "guidance_scale")
+        sizes: dict[str, Any]
+        sizes = {"height": self.height, "width": self.width, scale: self.guidance_scale}
+        arguments = {name: value for name, value in sizes.items() if name in takes and value is not None} | dict(self.arguments)
+        guided = self.guidance_scale > 1 and "negative_prompt" in takes
+        return Family(
+            denoiser=parts[0],
+            arguments=arguments,
+            targets=attention_targets(pipe.components[parts[0]]),
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt if guided else None,
+            afters=(
+                SameNorm(),
+                Rescale(float(arguments.get("guidance_rescale", 0.0))),
+                LimitedNorm(float(arguments.get("cfg_normalization", 0.0))),
+            ),
+        )
+
+    def build(self, *, device: Any = "cpu", seed: int = 0) -> FlowPipeline:
+        """Load, work out, verify and describe; see `ModelConfig.build`.
+
+        Raises:
+            ValueError: If the pipeline cannot be worked out; what was seen and what is missing is named.
+        """
+        flow: FlowPipeline = super().build(device=device, seed=seed)
+        verify(flow)
+        print(describe(flow), file=sys.stderr)
+        return flow
+
+
+def attention_targets(denoiser: nn.Module) -> tuple[str, ...]:
+    """Name the projections of attention that a denoiser has, as LoRA targets.
+
+    Raises:
+        ValueError: If it has none under the names that diffusers uses.
+    """
+    linear = [name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)]
+    found = tuple(target for target in PROJECTIONS if any(name.endswith(f".{target}") for name in linear))
+    if not found:
+        raise ValueError(
+            f"pipeline.lora.targets: {type(denoiser).__name__} has none of {', '.join(PROJECTIONS)}; name its layers, or lora: null"
+        )
+    return found
+
+
+def verify(flow: FlowPipeline) -> None:
+    """Check the promises that cost little: images, replayed velocities, resuming.
+
+    Raises:
+        ValueError: If one does not hold; the measurement is named.
+    """
+    it = parity.subject(flow, num_steps=4)  # a number that every spacing of DDIM has a grid for
+    for name in ("images", "velocities", "resuming"):
+        finding = parity.CHECKS[name](it)
+        if not finding.passed:
+            raise ValueError(
+                f"pipeline: {type(flow.pipe).__name__} was worked out, but does not behave so: {finding.check}: {finding.found}"
+            )
+
+
+def describe(flow: FlowPipeline) -> str:
+    """Say what was found, a line for each thing."""
+    layout, replay, _ = flow.learnt()
+    rows = {
+        "pipeline": type(flow.pipe).__name__,
+        "denoiser": f"{flow.family.denoiser} ({type(flow.denoiser).__name__}), {len(replay.calls)} call(s) a step",
+        "coordinates": type(replay.frame).__name__,
+        "latents": f"{replay.calls[0].latents} {list(flow.event_shape)}" + (", a list of samples" if replay.calls[0].listed else ""),
+        "copies": ", ".join(str(rule.copies) for rule in replay.calls),
+        "timestep": f"{replay.calls[0].timestep} = {replay.slope:g} * clock + {replay.offset:g} ({str(replay.dtype).removeprefix('torch.')})",
+        "prediction": str(replay.combine),
+        "conditions": ", ".join(f"{name}: {type(spec).__name__}" for name, spec in layout[0].items()),
+        "call": ", ".join(f"{name}={value}" for name, value in flow.family.arguments.items()),
+        "adapters": f"{flow.roles.num_layers} layers" if flow.roles.lora else "none; all weights are trained",
+    }
+    return "\n".join(f"{name.ljust(11)}  {text}" for name, text in rows.items())

@@ -1,0 +1,66 @@
+"""FLUX.1: dev (guidance embedded) and schnell (none), with true guidance where asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from flowalign.pipelines.family import Family, ModelConfig
+
+# The default of diffusers' own training script: attention and feed-forward of the double blocks, attention of the single ones.
+TARGETS = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """A ``FluxPipeline``; its latents are packed, ``[tokens, channels]`` a sample.
+
+    Attributes:
+        guidance_scale: What the denoiser is told (dev); models without guidance embedding (schnell) ignore it.
+        true_cfg_scale: Classifier-free guidance against the empty prompt, by a second call; 1 for none.
+        max_sequence_length: Tokens of the T5 encoder; schnell takes at most 256.
+    """
+
+    model: str = "black-forest-labs/FLUX.1-dev"
+    guidance_scale: float = 3.5
+    true_cfg_scale: float = 1.0
+    max_sequence_length: int = 512
+
+    def kind(self) -> type[DiffusionPipeline]:
+        """Return the pipeline's class."""
+        return FluxPipeline
+
+    def family(self, pipe: Any) -> Family:
+        """Say what cannot be read off."""
+        if self.true_cfg_scale < 1:
+            raise ValueError(f"pipeline.true_cfg_scale: got {self.true_cfg_scale}, needed at least 1 (1 is none)")
+        factor = pipe.vae_scale_factor
+        height, width = self.size(pipe, unit=2 * factor, default=pipe.default_sample_size * factor)
+        return Family(
+            denoiser="transformer",
+            arguments={
+                "height": height,
+                "width": width,
+                "guidance_scale": self.guidance_scale,
+                "true_cfg_scale": self.true_cfg_scale,
+                "max_sequence_length": self.max_sequence_length,
+            },
+            targets=TARGETS,
+            guidance_scale=self.true_cfg_scale,
+            negative_prompt="" if self.true_cfg_scale > 1 else None,
+        )
