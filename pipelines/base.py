@@ -16,9 +16,10 @@ from flowalign.core.rollout import Noise, Take, Trajectory, explore
 from flowalign.pipelines import lora_files, watch
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.family import Family
+from flowalign.pipelines.features import features as pooled_features
 from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
-from flowalign.pipelines.roles import CURRENT, LoRA, Roles
+from flowalign.pipelines.roles import CURRENT, REFERENCE, LoRA, Roles
 from flowalign.pipelines.watch import Learnt
 
 CACHE_BYTES = 4 * 2**30  # of encoded prompts, in the CPU's memory; SD3 takes 2 MB a prompt in half precision
@@ -265,6 +266,10 @@ class FlowPipeline:
                 outputs += [part.to(replay.output_dtype) for part in rule.outputs(network(**arguments))]
             prediction = replay.combine(outputs)
         return replay.frame.velocity(prediction.float(), shown, levels)
+
+    def features(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = REFERENCE) -> Tensor:
+        """Return what the denoiser makes of latents on its way, ``[batch, features]``; see `flowalign.pipelines.features`."""
+        return pooled_features(self, x, sigma, cond, role)
 
     def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self._known:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel
-from flowalign.core.plans import Plan, PlanStep, chain, ode
+from flowalign.core.plans import Plan, PlanStep, chain, fork, ode
 from flowalign.core.rollout import Trajectory
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.frames import Flow, Frame
@@ -117,6 +117,26 @@ def resuming_is_going_on(it: Subject) -> Finding:
     return _distance("resuming equals going on", it.run(plan, x_init=rows.x, start=middle).x0, whole.x0, 0.0)
 
 
+def forks_go_on(it: Subject) -> Finding:
+    """Let two children leave the path in the middle; replay where they left it, and lead them to the end a second time."""
+    middle = it.num_steps // 2
+    plan = fork(it.kernel, it.num_steps, num_children=2, steps=range(middle, middle + 1))
+
+    def draws(step: int) -> Tensor:
+        return torch.cat([it.draws(step), it.draws(step).flip(0)])
+
+    done = it.run(plan, noise=draws)
+    rows, cond = done.transitions, it.flow.encode([PROMPT] * 2)
+    left = rows.take(torch.arange(0, len(rows), 2))  # both children of a state leave it with one evaluation
+    with torch.no_grad():
+        again = it.flow.velocity(left.x, left.sigma, cond.take(left.seed))
+    if middle + 1 == it.num_steps:
+        return _distance("children of a fork go on", again, left.velocity, 0.0)
+    ends = it.flow.rollout(cond.take(rows.seed), ode(it.num_steps), x_init=rows.x_next, noise=draws, start=middle + 1).x0
+    made, expected = torch.cat([again, ends]), torch.cat([left.velocity, done.x0[rows.sample]])
+    return _distance("children of a fork go on", made, expected, 0.0)
+
+
 def batches_agree(it: Subject) -> Finding:
     """Replay row by row what was recorded in a batch, and all steps in one."""
     table = it.run(chain(it.kernel, it.num_steps)).transitions
@@ -156,6 +176,7 @@ CHECKS: Mapping[str, Callable[[Subject], Finding]] = {
     "velocities": velocities_equal,
     "noise 0": noise_0_is_the_ode,
     "resuming": resuming_is_going_on,
+    "forks": forks_go_on,
     "batches": batches_agree,
     "adapters": adapters_reach_attention,
 }

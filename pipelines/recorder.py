@@ -14,6 +14,7 @@ from flowalign.pipelines.record import Left
 from flowalign.pipelines.replay import Replay, differences
 from flowalign.pipelines.schedulers import Schedule
 
+
 class Recorder:
     """Drives one call of a pipeline; the state is float32 inside, the pipeline sees a cast copy.
 

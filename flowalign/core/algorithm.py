@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 
 from flowalign.core.decays import Decay
+from flowalign.core.heads import Head
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
 
 CURRENT = "current"
 REFERENCE = "reference"
 
-# velocity(x [rows, *event], sigma [rows], sample int64 [rows], role) -> [rows, *event] float32. `sample` picks the conditioning.
-Velocity = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+class Velocity(Protocol):
+    """The networks on the samples of a step."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
+        """Return a role's velocity ``[rows, *event]`` float32 at ``x [rows, *event]``, ``sigma [rows]``; ``sample [rows]`` picks the conditioning."""
+        ...
+
+    def judge(self, head: str, x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+        """Return what a head of the algorithm's own says of the same rows, ``[rows]`` float32; only its own weights carry gradient."""
+        ...
 
 
 def sample_number(group: Tensor, sample: Tensor) -> Tensor:
@@ -155,6 +165,29 @@ class Algorithm(Protocol):
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
         """Compute the loss of some rows; ``velocity`` carries gradient for the player alone."""
+        ...
+
+
+@runtime_checkable
+class HasHeads(Protocol):
+    """An algorithm with small networks of its own, players that read the frozen base's features, such as a critic."""
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """Sizes and rates of each, by the player's name."""
+        ...
+
+    def is_ready(self, player: str, found: Mapping[str, float], held_back: int) -> bool:
+        """Tell whether a player may move in this step.
+
+        Args:
+            player: Its name.
+            found: What the heads' losses logged in this step before they learnt from it, so that it is of samples they had never seen.
+            held_back: Steps in a row before this one in which the player was held back.
+
+        Raises:
+            ValueError: If that goes on for too long; says how to mend it.
+        """
         ...
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,11 @@ from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
 from flowalign.estimators.diversity import group_novelty
 from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
 from flowalign.train.journal import Clock
+from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward, RewardTable, score
 from flowalign.train.settings import TrainConfig
-from flowalign.train.tables import NOVELTY, Sampled, check_needs, extra_tables, features
+from flowalign.train.tables import NOVELTY, Sampled, check_needs, extra_tables, features, learns_alone
 
 Metric = NamedReward | Literal["novelty"]
 
@@ -61,6 +62,7 @@ class Collector:
         seed: Seed of the run.
         accelerator: Devices and ranks.
         clock: Times the phases.
+        heads: Networks of the algorithm's own.
     """
 
     pipeline: Pipeline
@@ -73,6 +75,7 @@ class Collector:
     seed: int
     accelerator: Accelerator
     clock: Clock
+    heads: Mapping[str, HeadPlayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shared by the ranks or estimated."""
@@ -84,7 +87,8 @@ class Collector:
             )
         plan = self.algorithm.plan(0, self.pipeline.num_steps, self.seed)
         groups = compared_groups(plan, torch.zeros(self.config.group_size, dtype=torch.int64), torch.arange(self.config.group_size))
-        if int(torch.unique(groups, return_counts=True)[1].min()) == 1 and "baseline" not in self.estimator.needs:
+        alone = int(torch.unique(groups, return_counts=True)[1].min()) == 1
+        if alone and not learns_alone(self.estimator, len(self.rewards)):
             raise ValueError(
                 f"train.group_size: got {self.config.group_size}; a group estimator compares the samples of a "
                 f"{plan.compare}, so needed at least 2 there"
@@ -130,13 +134,12 @@ class Collector:
             sample=flat % (config.group_size * plan.num_leaves),
         )
 
-        def velocity(x: Tensor, sigma: Tensor, rows: Tensor, role: str) -> Tensor:
-            self.evaluations["train" if torch.is_grad_enabled() else role] += len(x)
-            return self.pipeline.velocity(x, sigma, sampled.cond.take(rows), role)
+        def count(purpose: str, rows: int) -> None:
+            self.evaluations[purpose] += rows
 
         return Collected(
             experience=experience,
-            velocity=velocity,
+            velocity=Networks(pipeline=self.pipeline, cond=sampled.cond, heads=self.heads, count=count),
             rewards=replace(table, values=everyone.rewards, clauses=None, clauses_valid=None),
             metrics=RewardTable(names=names, values=everyone.rewards[:, :0] if everyone.metric is None else everyone.metric),
             advantages=advantages,

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowalign.core.algorithm import CURRENT, Algorithm, Experience, Rows, Update, Velocity
+from flowalign.core.algorithm import CURRENT, Algorithm, Experience, HasHeads, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.journal import Clock, Journal
+from flowalign.train.players import HeadPlayer, Player, build_heads
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
@@ -86,7 +87,16 @@ class Trainer:
         config = self.config
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self._last_finite = "none yet"
+        self.heads: dict[str, HeadPlayer] = {}
+        if isinstance(self.algorithm, HasHeads):
+            self.heads = build_heads(self.algorithm, self.pipeline, self.accelerator, seed=self.seed)
+        self.collector.heads = self.heads
         self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
+        denoiser = Player(
+            module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
+        )
+        self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
+        self.held_back: dict[str, int] = {}  # steps in a row in which an algorithm held a player back
 
     @property
     def result(self) -> str:
@@ -106,32 +116,49 @@ class Trainer:
             FloatingPointError: If a loss or gradient is not finite, before anything moves.
         """
         logged: dict[str, float] = {}
-        for player in self.algorithm.players:
-            rows = self.algorithm.rows(experience, update)
-            if rows.is_grouped and self.accelerator.num_processes > 1:
-                raise ValueError(
-                    f"algorithm: its loss compares whole groups, but {self.accelerator.num_processes} processes share each; run one process, or "
-                    "choose an algorithm that works row by row, such as diffusion_nft"
-                )
-            if len(rows) == 0:
-                raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
-            try:
-                sums, count = self._backward(player, rows, velocity, experience.keep)
-            except FloatingPointError as error:
-                raise self._diverged(player, update.step, str(error)) from error
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-            if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
-                self.optimizer.zero_grad(set_to_none=True)
-                continue
-            means = self._mean_over_ranks(sums, count)
-            self._check_finite(player, update.step, means["loss"], norm)
-            number = update.key(self.algorithm.num_updates) + 1
-            for options in self.optimizer.param_groups:
-                options["lr"] = self.config.learning_rate * min(1.0, number / max(1, self.config.warmup))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            logged |= {**means, "grad_norm": norm}
+        for name in self.algorithm.players:
+            if self._may_move(name, update, logged):
+                # Of a head's several turns the first is told: it is of samples that it had not learnt from.
+                logged = {**self._turn(name, experience, velocity, update), **logged}
         return logged
+
+    def _may_move(self, name: str, update: Update, found: Mapping[str, float]) -> bool:
+        """Let an algorithm with heads hold a player back, for whole steps."""
+        if not isinstance(self.algorithm, HasHeads):
+            return True
+        if update.index == 0:
+            ready = name in self.heads or self.algorithm.is_ready(name, found, self.held_back.get(name, 0))
+            self.held_back[name] = 0 if ready else self.held_back.get(name, 0) + 1
+        return not self.held_back.get(name, 0)
+
+    def _turn(self, name: str, experience: Experience, velocity: Velocity, update: Update) -> dict[str, float]:
+        """Make one optimizer update of one player; without a row to learn from nothing moves and nothing is logged."""
+        player, prefix = self.trained[name], "" if name == CURRENT else f"{name}/"
+        rows = self.algorithm.rows(experience, update)
+        if rows.is_grouped and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"algorithm: its loss compares whole groups, but {self.accelerator.num_processes} processes share each; run one process, or "
+                "choose an algorithm that works row by row, such as diffusion_nft"
+            )
+        if len(rows) == 0:
+            raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
+        try:
+            sums, count = self._backward(name, rows, velocity, experience.keep)
+        except FloatingPointError as error:
+            raise self._diverged(name, update.step, str(error)) from error
+        norm = float(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
+        if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
+            player.optimizer.zero_grad(set_to_none=True)
+            return {}
+        means = self._mean_over_ranks(sums, count)
+        self._check_finite(name, update.step, means["loss"], norm)
+        number = update.key(self.algorithm.num_updates) + 1
+        for options in player.optimizer.param_groups:
+            options["lr"] = player.learning_rate * min(1.0, number / max(1, self.config.warmup))
+        player.optimizer.step()
+        player.optimizer.zero_grad(set_to_none=True)
+        loss = means.pop("loss")
+        return {f"{prefix}loss": loss, **means, f"{prefix}grad_norm": norm}
 
     def _backward(self, player: str, rows: Rows, velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
         """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
@@ -146,12 +173,16 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
             last = number == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.pipeline.module):
+            with nullcontext() if last else self.accelerator.no_sync(self._module_of(player)):
                 loss = self.algorithm.loss(player, part, velocity)
                 self.accelerator.backward((loss.value * mask.to(loss.value)).sum() / max(count, 1.0))
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + (value * mask.to(value)).sum()
         return sums, count
+
+    def _module_of(self, player: str) -> nn.Module:
+        """Look the network up that a player trains; a caller may have put another one into the pipeline."""
+        return self.pipeline.module if player == CURRENT else self.trained[player].module
 
     def _average(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
@@ -173,7 +204,7 @@ class Trainer:
 
     def _check_weights(self, step: int) -> None:
         """Refuse to log and save weights that are not finite, as a rate far too large makes them of a finite gradient."""
-        norm = float(torch.nn.utils.get_total_norm(self.parameters))
+        norm = float(torch.nn.utils.get_total_norm([weight for player in self.trained.values() for weight in player.parameters]))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {step}: the norm of the weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
@@ -181,7 +212,7 @@ class Trainer:
             )
 
     def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained[player].optimizer.zero_grad(set_to_none=True)
         return FloatingPointError(
             f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); nothing was updated. "
             f"Lower train.learning_rate or raise the penalties, and resume from the last checkpoint"
@@ -227,6 +258,8 @@ class Trainer:
             "roles": self.pipeline.roles.state_dict(),
             "optimizer": checkpoint.optimizer_state(self.optimizer),
             "estimator": self.collector.state,
+            "heads": {name: head.state_dict() for name, head in self.heads.items()},
+            "held_back": dict(self.held_back),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,6 +267,9 @@ class Trainer:
         self.pipeline.roles.load_state_dict(state["roles"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.collector.state = state["estimator"]
+        for name, head in self.heads.items():
+            head.load_state_dict(state["heads"][name])
+        self.held_back = dict(state.get("held_back", {}))
 
     def _anywhere(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank: all must leave together."""

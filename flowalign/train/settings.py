@@ -15,7 +15,8 @@ class TrainConfig:
 
     Attributes:
         groups: Prompts of a step; each is the group of its samples.
-        group_size: Samples of a prompt; 1 only for estimators with a baseline of their own (remax); a multiple of the number of processes, which share each group equally.
+        group_size: Samples of a prompt; 1 only for estimators with a baseline of their own (remax) or over the batch (reinforce_pp); a multiple
+            of the number of processes, which share each group equally.
         rollout_batch_size: Samples of one call of the pipeline, on each device.
         micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
         learning_rate: Of AdamW, constant after the warm-up.

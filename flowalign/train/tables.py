@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from flowalign.core.paths import velocity_to_x0
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
+from flowalign.estimators import Estimator, RewardBatch
 from flowalign.train.forests import trained_steps
 
 StepRewards = Literal["completion", "prediction"]
@@ -68,6 +69,22 @@ def check_needs(needs: Collection[str], plan: Plan, num_metrics: int) -> None:
                 f"advantage: needs {table}, which only a rollout that forks has; choose algorithm tempflow_grpo, flow_grpo with depths, or "
                 "another recipe"
             )
+
+
+def learns_alone(estimator: Estimator, num_rewards: int) -> bool:
+    """Tell whether a sample that is alone in its group can get an advantage: from a baseline of its own, or from other groups.
+
+    Examples:
+        >>> from flowalign.estimators import recipe
+        >>> [learns_alone(recipe(name), 1) for name in ("grpo", "reinforce_pp", "remax")]
+        [False, True, True]
+    """
+    if estimator.needs:
+        return "baseline" in estimator.needs
+    # Whatever an estimator is made of, two groups of one show it.
+    rewards = torch.tensor([[0.0], [1.0]]).expand(-1, num_rewards)
+    trial = RewardBatch(rewards=rewards, group_id=torch.arange(2), sample_uid=torch.arange(2))
+    return bool(estimator.update(trial, estimator.init())[0].advantage.any())
 
 
 def judges_steps(plan: Plan) -> bool:

@@ -1,0 +1,164 @@
+"""AC-Flow: matching weighted by what an image was worth beyond what a critic saw coming in its noised state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.decays import Decay, constant
+from flowalign.core.heads import Head, explained_variance
+from flowalign.core.matching import image_advantage, matching_rows, permuted_levels
+from flowalign.core.paths import interpolate
+from flowalign.core.penalties import velocity_mse
+from flowalign.core.plans import Plan, ode
+from flowalign.core.surrogates import WEIGHTINGS, matching_score
+
+CRITIC = "critic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """AC-Flow (2025), in its spirit: the paper leaves sizes, schedules and the weight open, and no code is public.
+
+    What was chosen:
+
+    - The shaped reward R of an image is what the estimator makes of it (normalised within its prompt, clipped).
+    - The critic V(x, sigma, prompt) is a small perceptron on the frozen base's features of the noised image; it regresses R on the very rows
+      that the policy is trained on, re-noised images. On the states of a deterministic sampler the end is a function of the state: a good critic
+      would leave no advantage at all.
+    - The advantage of a row is R - V, clipped; its weight is the advantage itself (signed), or an exponential of it (positive).
+    - The policy moves only in steps in which the critic explained enough of the variance of R on that step's samples, none of which it had seen.
+
+    References:
+        "AC-Flow", 2025, https://arxiv.org/abs/2510.18072 (abstract and project page): intermediate feedback, clipped advantages, critic warm-up,
+        generalised critic weighting, Wasserstein penalty. The exponential weight and the penalty are those of Fan et al., "Online
+        Reward-Weighted Fine-Tuning of Flow Matching with Wasserstein Regularization", 2025, https://arxiv.org/abs/2502.06061.
+
+    Attributes:
+        weight: "linear" or "exponential".
+        temperature: With "exponential": weights are ``exp(temperature * advantage)``.
+        advantage_clip: Shaped rewards and advantages are clipped to this size.
+        num_levels: Levels of the rollout's grid that every image is trained at, drawn for each without repetition.
+        wasserstein_penalty: Coefficient of the velocity's mean squared distance to the reference.
+        critic: Size and rate of the critic.
+        critic_updates: Updates of the critic for each of the policy.
+        least_explained: Share of the variance that the critic must have explained for the policy to move in a step.
+        patience: The run stops with an error if the policy was held back for this many steps in a row.
+        num_epochs: Passes over the images of a rollout, with fresh levels and noise each.
+        num_minibatches: Updates of a pass, each on its own groups.
+    """
+
+    weight: Literal["linear", "exponential"] = "linear"
+    temperature: float = 1.0
+    advantage_clip: float = 5.0
+    num_levels: int = 3
+    wasserstein_penalty: float = 0.1
+    critic: Head = field(default_factory=Head)
+    critic_updates: int = 2
+    least_explained: float = 0.0
+    patience: int = 50
+    num_epochs: int = 1
+    num_minibatches: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if self.advantage_clip <= 0 or self.temperature <= 0 or self.wasserstein_penalty < 0:
+            raise ValueError("advantage_clip and temperature must be positive and wasserstein_penalty not negative")
+        if not self.least_explained < 1:
+            raise ValueError(f"least_explained: got {self.least_explained}, needed less than 1: no critic explains everything")
+        if min(self.num_levels, self.critic_updates, self.patience, self.num_epochs, self.num_minibatches) < 1:
+            raise ValueError("num_levels, critic_updates, patience, num_epochs and num_minibatches must be at least 1")
+
+    def build(self) -> ACFlow:
+        """Make the algorithm."""
+        return ACFlow(self)
+
+
+@dataclass(frozen=True)
+class ACFlow:
+    """See ``Config``."""
+
+    config: Config
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """The critic first, so that the policy follows the newest."""
+        return (CRITIC,) * self.config.critic_updates + (CURRENT,)
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """The critic."""
+        return {CRITIC: self.config.critic}
+
+    @property
+    def behaviour(self) -> str:
+        """Sample with the current role."""
+        return CURRENT
+
+    @property
+    def num_updates(self) -> int:
+        """Passes times minibatches."""
+        return self.config.num_epochs * self.config.num_minibatches
+
+    @property
+    def roles(self) -> Mapping[str, Decay]:
+        """The reference: the penalty's, and the critic's eyes."""
+        return {REFERENCE: constant(1.0)}
+
+    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
+        """Sample by the ODE."""
+        return ode(num_steps)
+
+    def is_ready(self, player: str, found: Mapping[str, float], held_back: int) -> bool:
+        """Let the policy move where the critic has explained enough of what it had not seen.
+
+        Raises:
+            ValueError: If it was held back for ``patience`` steps in a row.
+        """
+        if player != CURRENT:
+            return True
+        if "critic/error" not in found:  # every sample was filtered out: there is nothing to follow either
+            return True
+        explained = explained_variance(found["critic/error"], found["critic/variance"])
+        if explained > self.config.least_explained:
+            return True
+        if held_back + 1 >= self.config.patience:
+            raise ValueError(
+                f"ac_flow: for {self.config.patience} steps the critic has explained no more than {self.config.least_explained:g} of the "
+                f"variance of rewards that it had not seen (now {explained:.3f}), so the policy never moved; raise critic.learning_rate, "
+                "critic_updates or train.groups, or use awm, which needs no critic"
+            )
+        return False
+
+    def rows(self, experience: Experience, update: Update) -> Rows:
+        """Lay out each image of the share at its own levels; critic and policy see the same rows."""
+        config, key = self.config, update.key(self.num_updates)
+        chosen = share_of(experience, update, config.num_minibatches)
+        levels = permuted_levels(experience, update, chosen, config.num_levels, key=key, purpose="ac_flow")
+        shaped = image_advantage(experience, chosen, config.advantage_clip, "ac_flow")
+        return matching_rows(experience, update, levels, shaped, chosen=chosen, key=key, purpose="ac_flow")
+
+    def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
+        """Regress the critic, or weigh the matching error by what it did not see coming."""
+        x, sigma, shaped = interpolate(rows["x0"], rows["noise"], rows["sigma"]), rows["sigma"], rows["advantage"]
+        if player == CRITIC:
+            error = (velocity.judge(CRITIC, x, sigma, rows.sample) - shaped).square()
+            return Loss(value=error, metrics={"critic/error": error.detach(), "critic/variance": shaped.square()})
+        config = self.config
+        with torch.no_grad():
+            reference = velocity(x, sigma, rows.sample, REFERENCE)
+            value = velocity.judge(CRITIC, x, sigma, rows.sample)
+        advantage = (shaped - value).clamp(-config.advantage_clip, config.advantage_clip)
+        if config.weight == "exponential":
+            weight = torch.exp(config.temperature * advantage)
+        else:
+            weight = advantage
+        prediction = velocity(x, sigma, rows.sample, player)
+        distance = velocity_mse(prediction, reference)
+        score = matching_score(prediction, rows["noise"], rows["x0"], sigma, weighting=WEIGHTINGS["uniform"])
+        metrics = {"score": score.detach(), "critic/advantage": advantage.abs(), "distance/reference": distance.detach()}
+        return Loss(value=-weight * score + config.wasserstein_penalty * distance, metrics=metrics)

@@ -1,0 +1,98 @@
+"""The networks that a run trains: the denoiser, and small heads that read the frozen base's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from flowalign.core.algorithm import REFERENCE, HasHeads
+from flowalign.train import checkpoint
+from flowalign.train.protocols import Pipeline
+
+
+@dataclass(kw_only=True)
+class Player:
+    """A network with its optimizer.
+
+    Attributes:
+        module: What is called where gradients flow: wrapped where several processes train.
+        parameters: What is trained of it.
+        optimizer: Its own.
+        learning_rate: After the warm-up.
+    """
+
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+
+
+@dataclass(kw_only=True)
+class HeadPlayer(Player):
+    """A head; ``bare`` is its unwrapped network, whose weights are stored."""
+
+    bare: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer."""
+        return {"weights": self.bare.state_dict(), "optimizer": checkpoint.optimizer_state(self.optimizer)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.bare.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+
+
+def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerator, *, seed: int) -> dict[str, HeadPlayer]:
+    """Make an algorithm's heads, as wide at the input as the pipeline's features."""
+    cond = pipeline.encode(["a"])
+    one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
+    num_features = pipeline.features(one, torch.tensor(0.5, device=one.device), cond, REFERENCE).shape[1]
+    players = {}
+    for name, head in algorithm.heads.items():
+        bare = head.build(num_features, seed=seed, name=name).to(accelerator.device)
+        parameters = list(bare.parameters())
+        players[name] = HeadPlayer(
+            module=accelerator.prepare(bare),
+            parameters=parameters,
+            optimizer=torch.optim.AdamW(parameters, lr=head.learning_rate, weight_decay=head.weight_decay),
+            learning_rate=head.learning_rate,
+            bare=bare,
+        )
+    return players
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks on the samples of a step, as algorithms call them.
+
+    Attributes:
+        pipeline: Has the denoiser.
+        cond: Conditioning of the samples.
+        heads: By name.
+        count: Told of every evaluation: purpose and rows.
+    """
+
+    pipeline: Pipeline
+    cond: Any
+    heads: Mapping[str, HeadPlayer]
+    count: Callable[[str, int], None]
+
+    def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
+        """Return a role's velocity."""
+        self.count("train" if torch.is_grad_enabled() else role, len(x))
+        return self.pipeline.velocity(x, sigma, self.cond.take(sample), role)
+
+    def judge(self, head: str, x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+        """Return what a head says."""
+        self.count(head, len(x))
+        features = self.pipeline.features(x, sigma, self.cond.take(sample), REFERENCE)
+        player = self.heads[head]
+        # Not the wrapped module without gradient: DDP would talk to other ranks.
+        said: Tensor = (player.module if torch.is_grad_enabled() else player.bare)(features)
+        return said
