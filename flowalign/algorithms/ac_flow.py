@@ -58,7 +58,7 @@ class Config:
     num_levels: int = 3
     wasserstein_penalty: float = 0.1
     critic: Head = field(default_factory=Head)
-    critic_updates: int = 2
+    critic_updates: int = 1
     least_explained: float = 0.0
     patience: int = 50
     num_epochs: int = 1
@@ -146,12 +146,12 @@ class ACFlow:
         """Regress the critic, or weigh the matching error by what it did not see coming."""
         x, sigma, shaped = interpolate(rows["x0"], rows["noise"], rows["sigma"]), rows["sigma"], rows["advantage"]
         if player == CRITIC:
-            error = (velocity.judge(CRITIC, x, sigma, rows.sample) - shaped).square()
+            error = (velocity(x, sigma, rows.sample, CRITIC) - shaped).square()
             return Loss(value=error, metrics={"critic/error": error.detach(), "critic/variance": shaped.square()})
         config = self.config
         with torch.no_grad():
             reference = velocity(x, sigma, rows.sample, REFERENCE)
-            value = velocity.judge(CRITIC, x, sigma, rows.sample)
+            value = velocity(x, sigma, rows.sample, CRITIC)
         advantage = (shaped - value).clamp(-config.advantage_clip, config.advantage_clip)
         if config.weight == "exponential":
             weight = torch.exp(config.temperature * advantage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -17,17 +17,9 @@ from flowalign.core.rollout import Trajectory
 CURRENT = "current"
 REFERENCE = "reference"
 
-
-class Velocity(Protocol):
-    """The networks on the samples of a step."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
-        """Return a role's velocity ``[rows, *event]`` float32 at ``x [rows, *event]``, ``sigma [rows]``; ``sample [rows]`` picks the conditioning."""
-        ...
-
-    def judge(self, head: str, x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
-        """Return what a head of the algorithm's own says of the same rows, ``[rows]`` float32; only its own weights carry gradient."""
-        ...
+# velocity(x [rows, *event], sigma [rows], sample int64 [rows], role) -> [rows, *event] float32. `sample` picks the conditioning.
+# With the name of one of the algorithm's heads in the role's place: what the head says, [rows] float32; only its own weights carry gradient.
+Velocity = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
 def sample_number(group: Tensor, sample: Tensor) -> Tensor:

@@ -84,15 +84,13 @@ class Networks:
     count: Callable[[str, int], None]
 
     def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
-        """Return a role's velocity."""
+        """Return a role's velocity, or what a head says."""
+        cond = self.cond.take(sample)
+        if role in self.heads:
+            self.count(role, len(x))
+            head, features = self.heads[role], self.pipeline.features(x, sigma, cond, REFERENCE)
+            # Not the wrapped module without gradient: DDP would talk to other ranks.
+            said: Tensor = (head.module if torch.is_grad_enabled() else head.bare)(features)
+            return said
         self.count("train" if torch.is_grad_enabled() else role, len(x))
-        return self.pipeline.velocity(x, sigma, self.cond.take(sample), role)
-
-    def judge(self, head: str, x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
-        """Return what a head says."""
-        self.count(head, len(x))
-        features = self.pipeline.features(x, sigma, self.cond.take(sample), REFERENCE)
-        player = self.heads[head]
-        # Not the wrapped module without gradient: DDP would talk to other ranks.
-        said: Tensor = (player.module if torch.is_grad_enabled() else player.bare)(features)
-        return said
+        return self.pipeline.velocity(x, sigma, cond, role)

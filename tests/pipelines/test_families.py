@@ -100,6 +100,18 @@ def test_gradient_reaches_every_adapter_through_the_replay(case):
     )
 
 
+@pytest.mark.parametrize("case", ["sd3 guided", "flux true guidance", "sd 1.5 guided", "sdxl guided", "qwen_image guided"])
+def test_features_for_critics_keep_samples_apart_and_see_the_prompt(case):
+    it = subject(case)
+    cond, level = it.flow.encode([parity.PROMPT, "b"]), torch.tensor(0.5)
+    both = it.flow.features(it.noise, level, cond, "current")
+    assert both.isfinite().all()
+    alone = it.flow.features(it.noise[1:], level, cond.take(torch.tensor([1])), "current")
+    assert torch.allclose(alone[0], both[1], atol=1e-3)
+    other = it.flow.features(it.noise[1:], level, cond.take(torch.tensor([0])), "current")
+    assert not torch.allclose(other[0], both[1], atol=1e-3)
+
+
 @pytest.mark.parametrize("case", ["flux dev", "sd 1.5 guided"])
 def test_a_prompts_conditioning_does_not_depend_on_its_batch_mates(case):
     flow = build(case)

@@ -14,6 +14,7 @@ from flowalign.run_config import load_config
 SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 8, "learning_rate": 1e-2}
 # Options, and the evaluations of the network for an initial noise at 4 steps: rollout, training with gradient, and for each other role.
 ALGORITHMS = {
+    "ac_flow": ({"num_levels": 2, "critic_updates": 3, "least_explained": -9.0}, 4, 2, {"reference": 2, "critic": 4 * 2}),
     "awm": ({"num_levels": 2, "levels": "uniform", "reference_penalty": 0.1}, 4, 2, {"reference": 2, "ema": 2}),
     "ddpo": ({}, 4, 3, {}),
     "dgpo": ({"num_levels": 2, "level_fraction": 0.8}, 4, 2, {"reference": 2}),
@@ -79,3 +80,56 @@ def test_nft_samples_with_the_old_policy(write_config, monkeypatch):
     monkeypatch.setattr(built.pipeline, "rollout", lambda *a, **k: seen.append(k["role"]) or honest(*a, **k))
     built.collect(0)
     assert seen == ["old"]
+
+
+AC_FLOW = {"type": "ac_flow", "num_levels": 2, "critic": {"width": 16, "learning_rate": 1e-2}}
+
+
+def weights(built):
+    return torch.cat([parameter.detach().flatten() for parameter in built.parameters])
+
+
+def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_ends_if_it_never_does(write_config):
+    built = build(write_config, algorithm={**AC_FLOW, "least_explained": 0.999, "patience": 2})
+    before, critic = weights(built), [parameter.clone() for parameter in built.heads["critic"].parameters]
+    line = built.step(0)
+    assert torch.equal(weights(built), before)
+    assert all(not torch.equal(old, new) for old, new in zip(critic[-2:], built.heads["critic"].parameters[-2:], strict=True))
+    assert built.held_back == {"critic": 0, "current": 1}
+    assert line["metrics"]["critic/error"] == pytest.approx(line["metrics"]["critic/variance"])  # it says 0 before it learns
+    assert "loss" not in line["metrics"]
+    assert line["grad_norm"] == 0
+    with pytest.raises(ValueError, match="for 2 steps the critic has explained no more than 0.999"):
+        built.step(1)
+
+
+def test_a_run_with_a_critic_resumes_to_the_same_bits(write_config, tmp_path):
+    for name in ("whole", "half"):
+        (tmp_path / name).mkdir()
+    whole = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "whole"))
+    whole.fit(3)
+    half = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "half"))
+    half.fit(2)
+    again = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "half"))
+    again.fit(3)
+    assert torch.equal(weights(again), weights(whole))
+    pairs = zip(again.heads["critic"].parameters, whole.heads["critic"].parameters, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert any(parameter.abs().max() > 0 for parameter in again.heads["critic"].parameters[-2:])
+
+
+def test_a_critic_learns_from_features_of_image_level_and_prompt(write_config):
+    built = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0})
+    pipeline = built.pipeline
+    cond = pipeline.encode(["a photo of a red ring", "a photo of two blue squares"])
+    x = torch.randn(1, *pipeline.event_shape, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    both = pipeline.features(x, torch.tensor(0.5), cond)
+    assert both.shape == (2, built.heads["critic"].bare[0].normalized_shape[0])
+    assert not torch.equal(both[0], both[1])  # the prompt
+    assert not torch.allclose(both, pipeline.features(x, torch.tensor(0.4), cond))
+    assert not torch.allclose(both, pipeline.features(x + 0.1, torch.tensor(0.5), cond))
+    alone = pipeline.features(x[:1], torch.tensor(0.5), cond.take(torch.tensor([1])))
+    assert torch.allclose(alone[0], both[1], atol=1e-4)
+    for parameter in built.parameters:
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(pipeline.features(x, torch.tensor(0.5), cond), both)  # of the base, whatever was trained
