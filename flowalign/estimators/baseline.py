@@ -22,7 +22,7 @@ _SIGNATURE = Signature(phase="reward -> centred")
 
 def _compare(signal: Signal, stats: SegmentStats, deviation: Tensor, flat: Tensor | None = None) -> Signal:
     """Put in the deviations; by range and not by value, so that rounding never becomes an advantage."""
-    per_segment = stats.is_flat() if flat is None else flat
+    per_segment = stats.is_flat if flat is None else flat
     centred = torch.where(stats.rows(per_segment) & ~torch.isnan(signal.x), 0.0, deviation)
     return replace(signal, x=centred, raw=signal.x)
 
@@ -114,7 +114,7 @@ def with_virtual(stats: SegmentStats, value: float, num: int) -> tuple[Tensor, T
     m2 = stats.m2 + stats.count * num / total * (torch.nan_to_num(stats.mean) - value).square()
     low, high = stats.minimum.clamp(max=value), stats.maximum.clamp(min=value)
     augmented = SegmentStats(index=stats.index, count=total, mean=mean, m2=m2, minimum=low, maximum=high)
-    return mean, m2, augmented.is_flat() | (stats.count < 2)
+    return mean, m2, augmented.is_flat | (stats.count < 2)
 
 
 @stage
@@ -132,7 +132,7 @@ def center_with_virtual(value: float = 1.0, *, num: int = 1) -> Stage:
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         signal, stats = statistics(signal, batch, "group")
-        mean, _, flat = with_virtual(stats, value, num) if num else (stats.mean, stats.m2, stats.is_flat())
+        mean, _, flat = with_virtual(stats, value, num) if num else (stats.mean, stats.m2, stats.is_flat)
         return _compare(signal, stats, signal.x - stats.rows(mean), flat)
 
     return pure(_SIGNATURE, apply)

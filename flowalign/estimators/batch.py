@@ -1,5 +1,6 @@
 """What goes into an estimator and what comes out: flat, ragged tables. Nothing here knows what an image is."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.estimators.forest import Tree as Tree
+from flowalign.estimators.segments import Segments
 
 LARGEST = 1e30  # float32 ends at 3e38: leaves room for sums over steps and divisions by small temperatures
 
@@ -176,9 +178,9 @@ class RewardBatch:
         return torch.arange(len(self.rewards))
 
     @cached_property
-    def num_groups(self) -> int:
-        """Number of groups."""
-        return int(self.group.max()) + 1
+    def groups(self) -> Segments:
+        """The samples of each group."""
+        return Segments(self.group, int(self.group.max()) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +204,6 @@ class AdvantageBatch:
     def __post_init__(self) -> None:
         """Guarantee finite output: anything else is a defect of a stage."""
         for name in ("advantage", "weight"):
-            values = vars(self)[name]
-            # The extremes are finite exactly when all values are: both are NaN if any value is.
-            assert not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all()), (
-                f"a stage produced a {name} that is not finite"
-            )
+            low, high = vars(self)[name].aminmax() if vars(self)[name].numel() else (0.0, 0.0)
+            # Both are NaN if any value is.
+            assert all(map(math.isfinite, (low, high))), f"a stage produced a {name} that is not finite"

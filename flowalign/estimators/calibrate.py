@@ -51,7 +51,7 @@ def renormalise(over: Segmentation = "batch", *, ddof: int = 1, eps: float = 1e-
         by = divisor(stats.variance(ddof=ddof), eps=eps, rule=rule)
         # Compared values of groups already sum to 0; the rounding of that sum must not lift exact zeros.
         mean = torch.where(stats.mean.abs() <= 1e-12 * torch.maximum(stats.minimum.abs(), stats.maximum.abs()), 0.0, stats.mean)
-        flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
+        flat = stats.rows(stats.is_flat) & ~torch.isnan(signal.x)
         return replace(signal, x=torch.where(flat, 0.0, quotient(signal.x - stats.rows(mean), stats.rows(by))))
 
     return pure(replace(_CALIBRATE, refuses="rewards | common" if over == "batch" else FACTORS), apply, needs=segment_needs(over))
@@ -114,7 +114,7 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
         stats = segment_stats(raw, key)
         distance = (raw - stats.rows(segment_medians(raw, key))) / stats.rows(stats.variance(ddof=ddof).sqrt() + eps)
         target = 1 - low + (low + high) * torch.sigmoid(distance / temperature)
-        target = torch.where(stats.rows(stats.is_flat()) | torch.isnan(raw), 1.0, target)
+        target = torch.where(stats.rows(stats.is_flat) | torch.isnan(raw), 1.0, target)
         return replace(signal, target=target[:, 0])
 
     signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", adds="weights")

@@ -102,8 +102,8 @@ def _share_of_flat_groups(signal: Signal, batch: RewardBatch) -> float:
     """Count the groups in which no reward differs: one meaning for every recipe, whatever it compares."""
     for table, segmentation, stats in signal.known:
         if table is batch.rewards and segmentation == "group":
-            return float(stats.is_flat().all(1).double().mean())
-    return float(flat_segments(batch.rewards, batch.group, num=batch.num_groups).all(1).double().mean())
+            return float(stats.is_flat.all(1).double().mean())
+    return float(flat_segments(batch.rewards, batch.groups).all(1).double().mean())
 
 
 def _reorder(batch: RewardBatch, order: Tensor) -> RewardBatch:
@@ -150,9 +150,9 @@ def _result(
 ) -> AdvantageBatch:
     rows = torch.nan_to_num(signal.x[:, 0], posinf=torch.inf, neginf=-torch.inf)
     for name, values in (("advantage", rows), ("weight", signal.weight)):
-        wrong = values.abs() > torch.finfo(torch.float32).max
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
+        largest = values.abs().max() if len(values) else 0.0
+        if largest > torch.finfo(torch.float32).max:
+            row = int(values.abs().argmax())
             uid = int(batch.sample_uid[signal.sample[row]])
             raise ValueError(
                 f"the {name} of sample {uid} is {float(values[row]):g}, which float32 cannot hold; rescale the rewards, their weights or the "

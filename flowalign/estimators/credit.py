@@ -182,7 +182,7 @@ def two_level_anchors(reward_weights: Sequence[float] | None = None, *, weight: 
 def _centred(x: Tensor, key: Tensor) -> Tensor:
     """Subtract the mean of the segment; flat segments and segments of one give 0."""
     stats = segment_stats(x, key)
-    return torch.where(stats.rows(stats.is_flat()) & ~torch.isnan(x), 0.0, x - stats.rows(stats.mean))
+    return torch.where(stats.rows(stats.is_flat) & ~torch.isnan(x), 0.0, x - stats.rows(stats.mean))
 
 
 def state_values(signal: Signal, batch: RewardBatch, weights: Sequence[float] | None, stage: str) -> Tensor:

@@ -71,7 +71,7 @@ def select_pairs(
     real = (winner >= 0) & (loser >= 0)
     winner, loser = winner[real], loser[real]
     gap = (x[winner] - x[loser])[:, 0]
-    wanted = (gap > 0) & (gap >= margin) & ~stats.rows(stats.is_flat())[winner, 0]
+    wanted = (gap > 0) & (gap >= margin) & ~stats.rows(stats.is_flat)[winner, 0]
     return PreferencePairs(winner=order[winner[wanted]], loser=order[loser[wanted]], gap=gap[wanted])
 
 
@@ -109,7 +109,7 @@ def best_over_second() -> Stage:
         rank = segment_ranks(-signal.x, key)
         second = segment_stats(torch.where(rank == 1, signal.x, torch.nan), key).mean
         lead = torch.where(rank == 0, signal.x - stats.rows(second), torch.where(torch.isnan(signal.x), torch.nan, 0.0))
-        flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
+        flat = stats.rows(stats.is_flat) & ~torch.isnan(signal.x)
         return replace(signal, x=torch.where(flat, 0.0, lead), raw=signal.x)
 
     return pure(Signature(rows="sample", phase="reward -> centred"), apply)

@@ -111,7 +111,7 @@ def scale_by_contrast() -> Stage:
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         signal, stats = statistics(signal, batch, "group", signal.before("scale_by_contrast"))
         known = ~torch.isnan(signal.x)
-        lively = (known & ~stats.rows(stats.is_flat())).sum(0, keepdim=True)
+        lively = (known & ~stats.rows(stats.is_flat)).sum(0, keepdim=True)
         factor = known.sum(0, keepdim=True) / lively.clamp(min=1)
         return replace(signal, x=signal.x * factor).note(contrast=float((1 / factor.clamp(min=1)).mean()))
 

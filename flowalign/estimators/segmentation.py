@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.estimators.batch import RewardBatch
 from flowalign.estimators.needs import need, need_tree
-from flowalign.estimators.segments import SegmentStats, compact, segment_stats
+from flowalign.estimators.segments import Segments, SegmentStats, compact, segment_stats
 from flowalign.estimators.signals import Signal
 
 Segmentation = Literal["batch", "group", "step", "group_step", "anchor", "tree", "siblings", "depth"]
@@ -50,9 +50,9 @@ def statistics(signal: Signal, batch: RewardBatch, over: Segmentation, values: T
         if known is table and segmentation == over:
             return signal, stats
     if over == "group" and signal.sample is batch.samples:
-        stats = segment_stats(table, batch.group, num=batch.num_groups)
+        stats = segment_stats(table, batch.groups)
     elif over == "batch":
-        stats = segment_stats(table, torch.zeros_like(signal.sample), num=1)
+        stats = segment_stats(table, Segments(torch.zeros_like(signal.sample), 1))
     else:
         stats = segment_stats(table, segment_key(signal, batch, over))
     return replace(signal, known=(*signal.known, (table, over, stats))), stats

@@ -6,6 +6,7 @@ Everything is float64 and summed in row order, so equal rows in an equal order g
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -35,28 +36,60 @@ class SegmentStats:
         """Divide the squared deviations by ``count - ddof``; too few values give 0."""
         return self.m2 / (self.count - ddof).clamp(min=1)
 
-    def is_flat(self, *, rtol: float = RTOL, atol: float = 0.0) -> Bool[Tensor, "segments rewards"]:
-        """Tell which segments have no contrast, by their range and never by ``std == 0``.
+    @cached_property
+    def is_flat(self) -> Bool[Tensor, "segments rewards"]:
+        """Which segments have no contrast, by their range and never by ``std == 0``.
 
         In float32 twelve equal rewards of 21.7 have a standard deviation above 0, and dividing by it would
         turn rounding into advantages of order 1. Segments of fewer than two values are flat.
         """
-        size = torch.maximum(self.minimum.abs(), self.maximum.abs())
-        spread = self.maximum - self.minimum
-        return ((spread <= atol + rtol * size) & torch.isfinite(spread)) | (self.count < 2)
+        return _no_contrast(self.minimum, self.maximum)
 
     def rows(self, per_segment: Tensor) -> Tensor:
         """Spread one value per segment over the rows of the segment."""
         return per_segment.index_select(0, self.index)  # several times faster than indexing
 
 
-def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *, num: int | None = None) -> SegmentStats:
+class Segments:
+    """Rows in numbered segments, which many tables share.
+
+    Attributes:
+        index: ``[rows]``, the segment of each row, numbered from 0 without a gap.
+        num: Number of segments.
+    """
+
+    def __init__(self, index: Int[Tensor, " rows"], num: int) -> None:
+        self.index, self.num = index, num
+
+    @cached_property
+    def size(self) -> Int[Tensor, " segments"]:
+        """Rows of each segment."""
+        return torch.bincount(self.index, minlength=self.num)
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """Whether segments lie one after the other."""
+        return self.num == 1 or bool((self.index[1:] >= self.index[:-1]).all())
+
+    def reduce(self, x: Float[Tensor, "rows rewards"], how: Literal["sum", "min", "max"]) -> Float[Tensor, "segments rewards"]:
+        """Reduce each segment in the order of its rows; nothing gives 0, inf or -inf.
+
+        Of segments that lie one after the other several times faster, with the same bits.
+        """
+        if self.is_sorted:
+            return torch.segment_reduce(x, how, lengths=self.size, axis=0, unsafe=True)
+        start = x.new_full((self.num, x.shape[1]), {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[how])
+        if how == "sum":
+            return start.index_add(0, self.index, x)
+        return start.scatter_reduce(0, self.index[:, None].expand_as(x), x, f"a{how}")
+
+
+def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"] | Segments) -> SegmentStats:
     """Compute the statistics of every segment of rows.
 
     Args:
         x: One row per sample, node or step, one column per reward; NaN is left out.
-        key: Rows with equal keys form a segment. Any int64, contiguous or not.
-        num: Number of segments, where the keys are known to be numbered from 0 without a gap.
+        key: Rows with equal keys form a segment. Any int64, contiguous or not; or the segments themselves.
 
     Returns:
         Statistics per segment, in increasing order of the key.
@@ -69,12 +102,12 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *
         >>> stats.variance(ddof=1).flatten().tolist()
         [0.0, 2.0]
     """
-    index, num = compact(key) if num is None else (key, num)
-    reduce = _Reduction(index, num)
+    segments = key if isinstance(key, Segments) else Segments(*compact(key))
+    index, num, reduce = segments.index, segments.num, segments.reduce
     known = ~torch.isnan(x)
     complete = bool(known.all())
     filled = x if complete else torch.where(known, x, 0.0)
-    count = reduce.size[:, None].to(x.dtype).expand(num, x.shape[1]) if complete else reduce(known.to(x.dtype), "sum")
+    count = segments.size[:, None].to(x.dtype).expand(num, x.shape[1]) if complete else reduce(known.to(x.dtype), "sum")
     mean = reduce(filled, "sum") / count
     # Two passes with Bjorck's correction: a naive sum of squares loses the std of 1e4 +- 1e-3 rewards.
     deviation = filled - mean.index_select(0, index)
@@ -86,18 +119,16 @@ def segment_stats(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *
     return SegmentStats(index=index, count=count, mean=mean, m2=m2.clamp(min=0), minimum=low, maximum=high)
 
 
-def flat_segments(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"], *, num: int) -> Bool[Tensor, "segments rewards"]:
-    """Tell which segments have no contrast, as ``SegmentStats.is_flat`` does, from their extremes alone.
+def flat_segments(x: Float[Tensor, "rows rewards"], segments: Segments) -> Bool[Tensor, "segments rewards"]:
+    """Tell which segments have no contrast, as ``SegmentStats.is_flat`` does, from their extremes alone; NaN is left out."""
+    unknown = torch.isnan(x)
+    low = segments.reduce(torch.where(unknown, torch.inf, x), "min")
+    high = segments.reduce(torch.where(unknown, -torch.inf, x), "max")
+    return _no_contrast(low, high)
 
-    Args:
-        x: Values; NaN is left out.
-        key: Segment of each row, numbered from 0 without a gap.
-        num: Number of segments.
-    """
-    reduce, unknown = _Reduction(key, num), torch.isnan(x)
-    low = reduce(torch.where(unknown, torch.inf, x), "min")
-    high = reduce(torch.where(unknown, -torch.inf, x), "max")
-    return high - low <= RTOL * torch.maximum(low.abs(), high.abs())  # nothing scored: -inf; one value: 0
+
+def _no_contrast(low: Tensor, high: Tensor) -> Tensor:
+    return high - low <= RTOL * torch.maximum(low.abs(), high.abs())  # no value: -inf; one value: 0
 
 
 def segment_ranks(x: Float[Tensor, "rows rewards"], key: Int[Tensor, " rows"]) -> Float[Tensor, "rows rewards"]:
@@ -214,25 +245,6 @@ def segment_starts(key: Int[Tensor, " rows"]) -> Int[Tensor, " segments"]:
     index, num = compact(key)
     row = torch.arange(len(key), device=key.device)
     return torch.full((num,), len(key), device=key.device).scatter_reduce(0, index, row, "amin").sort().values
-
-
-class _Reduction:
-    """Reduce the rows of each segment, in the order of the rows; of segments in sorted rows several times faster, with the same bits."""
-
-    def __init__(self, index: Tensor, num: int) -> None:
-        """Take the segment of each row, numbered from 0 without a gap, and the number of segments."""
-        self.index = index
-        self.size = torch.bincount(index, minlength=num)
-        self.is_sorted = bool((index[1:] >= index[:-1]).all())
-
-    def __call__(self, x: Tensor, how: Literal["sum", "min", "max"]) -> Tensor:
-        """Reduce ``[rows, rewards]`` to ``[segments, rewards]``; nothing gives 0, inf or -inf."""
-        if self.is_sorted:
-            return torch.segment_reduce(x, how, lengths=self.size, axis=0, unsafe=True)
-        start = x.new_full((len(self.size), x.shape[1]), {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[how])
-        if how == "sum":
-            return start.index_add(0, self.index, x)
-        return start.scatter_reduce(0, self.index[:, None].expand_as(x), x, f"a{how}")
 
 
 def compact(key: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:

@@ -230,7 +230,7 @@ def f_link(divergence: FLink = "reverse_kl", *, temperature: float = 1.0, log_ra
         top = torch.where(stats.count > 0, stats.maximum, 0.0)
         # The largest term is factored out: exp(r / temperature) overflows for rewards of a few hundred.
         log_z = top + segment_stats(torch.exp(gain - stats.rows(top)), key).mean.log()
-        flat = stats.rows(stats.is_flat()) & ~torch.isnan(gain)
+        flat = stats.rows(stats.is_flat) & ~torch.isnan(gain)
         return replace(signal, x=torch.where(flat, 0.0, -link(divergence, stats.rows(log_z) - gain)))
 
     # Linear: its temperature is one factor for all. The other links bend.

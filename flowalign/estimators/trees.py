@@ -240,7 +240,7 @@ def compare_in_groups_and_trees(*, ddof: int, eps: float) -> Stage:
         for over in ("group", "tree"):
             stats = segment_stats(signal.x, segment_key(signal, batch, over))
             by = stats.rows(divisor(stats.variance(ddof=ddof), eps=eps, rule="add"))
-            flat = stats.rows(stats.is_flat()) & ~torch.isnan(signal.x)
+            flat = stats.rows(stats.is_flat) & ~torch.isnan(signal.x)
             total = total + torch.where(flat, 0.0, (signal.x - stats.rows(stats.mean)) / by)
         return replace(signal, x=total, raw=None)
 

@@ -31,7 +31,7 @@ def keep_contrast() -> Stage:
 
     def apply(signal: Signal, batch: RewardBatch) -> Signal:
         signal, stats = statistics(signal, batch, "group")
-        keep = signal.keep & ~stats.rows(stats.is_flat()).all(1)
+        keep = signal.keep & ~stats.rows(stats.is_flat).all(1)
         return replace(signal, keep=keep)
 
     return pure(Signature(phase="reward", rows="sample"), apply)
@@ -156,7 +156,7 @@ def weigh_steps_by_spread(top: float = 1.7, *, of: Literal["step_rewards", "log_
         counted = scored_samples(signal, batch)[:, None]
         scalar = torch.where(counted if batch.step_mask is None else counted & batch.step_mask, scalar, torch.nan)
         stats = segment_stats(scalar, batch.group_id)
-        variance = torch.where(stats.is_flat(), 0.0, stats.variance(ddof=0))  # what differs by rounding only does not differ
+        variance = torch.where(stats.is_flat, 0.0, stats.variance(ddof=0))  # what differs by rounding only does not differ
         variance = torch.where(stats.count > 0, variance, torch.nan)
         low = torch.where(torch.isnan(variance), torch.inf, variance).amin(1, keepdim=True)
         high = torch.where(torch.isnan(variance), -torch.inf, variance).amax(1, keepdim=True)

@@ -94,7 +94,7 @@ def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_ends_if_i
     before, critic = weights(built), [parameter.clone() for parameter in built.heads["critic"].parameters]
     line = built.step(0)
     assert torch.equal(weights(built), before)
-    assert all(not torch.equal(old, new) for old, new in zip(critic[-2:], built.heads["critic"].parameters[-2:], strict=True))
+    assert not torch.equal(critic[-2], built.heads["critic"].parameters[-2])  # its last bias may stay: advantages add up to 0
     assert built.held_back == {"critic": 0, "current": 1}
     assert line["metrics"]["critic/error"] == pytest.approx(line["metrics"]["critic/variance"])  # it says 0 before it learns
     assert "loss" not in line["metrics"]

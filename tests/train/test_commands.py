@@ -121,6 +121,10 @@ def test_a_group_of_one_is_for_estimators_with_a_baseline_of_their_own(write_con
     assert found.experience.keep.all()
     assert (found.experience.advantage != 0).all()
     assert trainer.step(0)["grad_norm"] > 0
+    # One that compares with the whole batch needs no others of its prompt either.
+    batch = run.build_trainer(load_config(str(write_config(train=train, advantage="reinforce_pp"))), Accelerator()).collect(0)
+    assert batch.experience.advantage.shape[0] == 2
+    assert (batch.experience.advantage != 0).any() == (batch.rewards.values[0] != batch.rewards.values[1]).any()
     with pytest.raises(ValueError, match="group_size: got 1; a group estimator compares the samples of a prompt"):
         run.build_trainer(load_config(str(write_config(train=train, advantage="grpo"))), Accelerator())
 
