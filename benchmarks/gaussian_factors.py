@@ -33,7 +33,7 @@ from flowalign.train.forests import compared_groups
 
 STEPS, WIDTH = 10, 16
 BACKWARD = 3  # an evaluation that is differentiated costs three
-PLAIN: dict[str, Any] = {"kl_penalty": 0.0, "num_minibatches": 1, "advantage_clip": 1e9}
+PLAIN: dict[str, Any] = {"kl_penalty": 0.0, "num_minibatches": 1}
 MATCHING: dict[str, Any] = {
     "weighting": "uniform",
     "num_levels": 2,

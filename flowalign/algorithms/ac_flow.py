@@ -139,7 +139,7 @@ class ACFlow:
         config, key = self.config, update.key(self.num_updates)
         chosen = share_of(experience, update, config.num_minibatches)
         levels = permuted_levels(experience, update, chosen, config.num_levels, key=key, purpose="ac_flow")
-        shaped = image_advantage(experience, chosen, config.advantage_clip, "ac_flow")
+        shaped = image_advantage(experience, chosen, "ac_flow", clip=config.advantage_clip)
         return matching_rows(experience, update, levels, shaped, chosen=chosen, key=key, purpose="ac_flow")
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:

@@ -43,7 +43,7 @@ class Config:
         level_fraction: With "discrete": the share of the grid, from the noisy end, that levels are taken from.
         lowest_level: With "uniform": the lowest level before the shift.
         level_shift: With "uniform": shift of the levels that are drawn; 1 for none.
-        advantage_clip: Advantages are clipped to this size ...
+        advantage_clip: Advantages are clipped to this size: what a recipe leaves unbounded would leave the loss unbounded below ...
         advantage_max: ... and scaled so that the clip becomes this.
         reference_penalty: Coefficient of the velocity's mean squared distance to the reference.
         slow_penalty: Coefficient of the same distance to the slow copy (released code: 1; not in the paper).
@@ -183,7 +183,7 @@ class AWM:
         """Lay out each image of the share at each level, the levels of an image together; noise is keyed by level, prompt and sample."""
         config, key = self.config, update.key(self.num_updates)
         chosen = share_of(experience, update, config.num_minibatches)
-        advantage = image_advantage(experience, chosen, config.advantage_clip, "awm") / config.advantage_clip * config.advantage_max
+        advantage = image_advantage(experience, chosen, "awm", clip=config.advantage_clip) / config.advantage_clip * config.advantage_max
         levels = self._levels(experience.trajectory.sigmas, update)
         return matching_rows(experience, update, levels, advantage, chosen=chosen, key=key, purpose="awm")
 

@@ -36,7 +36,6 @@ class Config:
         level_fraction: Levels are drawn from this share of the grid, from the noisy end.
         against: What the preference is measured against: "reference", or "ema", a slow copy.
         clip: Images whose matching error has changed this far since the rollout, in the advantage's direction, are left alone.
-        advantage_clip: Advantages are clipped to this size.
         reference_penalty: Coefficient of the velocity's mean squared distance to the reference.
         slow_rate: The slow copy's decay after step n is ``min(slow_max, slow_rate * n)``.
         slow_max: See ``slow_rate``.
@@ -49,7 +48,6 @@ class Config:
     level_fraction: float = 0.6
     against: Literal["reference", "ema"] = "reference"
     clip: float = 1e-2
-    advantage_clip: float = 5.0
     reference_penalty: float = 0.02
     slow_rate: float = 0.001
     slow_max: float = 0.3
@@ -58,8 +56,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        if min(self.beta, self.clip, self.advantage_clip) <= 0 or self.reference_penalty < 0 or not 0 < self.level_fraction <= 1:
-            raise ValueError("beta, clip and advantage_clip must be positive, reference_penalty not negative and level_fraction in (0, 1]")
+        if min(self.beta, self.clip) <= 0 or self.reference_penalty < 0 or not 0 < self.level_fraction <= 1:
+            raise ValueError("beta and clip must be positive, reference_penalty not negative and level_fraction in (0, 1]")
         if min(self.num_levels, self.num_epochs, self.num_minibatches) < 1:
             raise ValueError("num_levels, num_epochs and num_minibatches must be at least 1")
 
@@ -127,7 +125,7 @@ class DGPO:
             )
         sigma = usable[keyed((len(usable),), "dgpo levels").argsort(1)[:, :each].to(sigmas.device)]
         noise = torch.stack([keyed(x0.shape[3:], f"dgpo noise {level}") for level in range(each)], 1)[:, :, None].to(x0.device)
-        advantage = image_advantage(experience, chosen, config.advantage_clip, "dgpo").view(len(groups), 1, members)
+        advantage = image_advantage(experience, chosen, "dgpo").view(len(groups), 1, members)
         columns = {
             "x0": x0.expand(-1, each, -1, *x0.shape[3:]).flatten(0, 2),
             "noise": noise.expand(-1, -1, members, *x0.shape[3:]).flatten(0, 2),

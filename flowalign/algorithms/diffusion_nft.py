@@ -101,7 +101,7 @@ class DiffusionNFT:
         chosen = share_of(experience, update, config.num_minibatches)
         num = max(1, len(experience.trajectory.sigmas) - 2) if config.num_levels is None else config.num_levels
         levels = permuted_levels(experience, update, chosen, num, key=key, purpose="nft")
-        advantage = image_advantage(experience, chosen, config.advantage_clip, "diffusion_nft")
+        advantage = image_advantage(experience, chosen, "diffusion_nft", clip=config.advantage_clip)
         return matching_rows(experience, update, levels, advantage, chosen=chosen, key=key, purpose="nft")
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,8 @@ def matching_rows(
     return Rows(sample=chosen.to(x0.device).repeat_interleave(each), columns=columns, block=each)
 
 
-def image_advantage(experience: Experience, chosen: Tensor, clip: float, name: str) -> Tensor:
-    """Return one clipped and weighted advantage for each image; several of different steps are averaged.
+def image_advantage(experience: Experience, chosen: Tensor, name: str, *, clip: float = math.inf) -> Tensor:
+    """Return one weighted advantage for each image, clipped before it is weighted; several of different steps are averaged.
 
     Raises:
         ValueError: If the estimator gives ratios to reach, which matching has no use for.

@@ -36,7 +36,6 @@ class PolicyConfig:
     Attributes:
         kernel: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO), "ddim" or "cps" (Flow-CPS).
         noise_level: The kernel's noise; null for what is usual: 0.7 for Flow-SDE, 0.3 (eta) for Dance, 1.0 (eta) for DDIM, 0.8 for CPS.
-        advantage_clip: Advantages are clipped to this size.
         kl_penalty: Coefficient of the KL divergence to the reference, which is logged in the same unit.
         kl_unit: "gaussian" is the true Gaussian KL, a mean over elements; "scaled" multiplies it by the step's change of sigma, as the
             released code of Flow-GRPO does (its 0.04 stands for about 0.004 of the true KL).
@@ -47,7 +46,6 @@ class PolicyConfig:
 
     kernel: KernelName = "flow_sde"
     noise_level: float | None = None
-    advantage_clip: float = 5.0
     kl_penalty: float = 0.004
     kl_unit: Literal["gaussian", "scaled"] = "gaussian"
     log_prob: Literal["gaussian", "unit"] = "gaussian"
@@ -58,8 +56,8 @@ class PolicyConfig:
         """Refuse values that cannot be meant."""
         if self.noise_level is not None and self.noise_level <= 0:
             raise ValueError(f"noise_level: got {self.noise_level}, needed a positive value (without noise there is no log-prob; use awm)")
-        if self.advantage_clip <= 0 or self.kl_penalty < 0:
-            raise ValueError("advantage_clip must be positive and kl_penalty not negative")
+        if self.kl_penalty < 0:
+            raise ValueError(f"kl_penalty: got {self.kl_penalty}, needed at least 0")
         if self.num_epochs < 1 or self.num_minibatches < 1:
             raise ValueError("num_epochs and num_minibatches must be at least 1")
 
@@ -136,9 +134,9 @@ class PolicyGradient:
                 "bounded_ratio and an estimator such as bpo belong together, ppo_clip is for the others"
             )
         place = column[transition] if experience.advantage.shape[1] > 1 else torch.zeros_like(leaf)
-        size, first = self.config.advantage_clip, _first_rows(column, len(trained))
+        first = _first_rows(column, len(trained))
         weight = self.step_weight(table.std[first], table.sigma[first], table.sigma_next[first])
-        advantage = experience.advantage.to(table.x.device)[leaf, place].clamp(-size, size)
+        advantage = experience.advantage.to(table.x.device)[leaf, place]
         names = ("x", "x_next", "mean", "std", "sigma", "sigma_next")
         columns = {name: vars(table)[name][transition] for name in names}
         columns["advantage"] = advantage * experience.weight.to(advantage)[leaf, place] * weight.to(advantage)[column[transition]]

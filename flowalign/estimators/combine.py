@@ -122,10 +122,10 @@ def combine_by_shortfall(weights: Sequence[float] | None = None, *, smoothing: f
 
 def _add(x: Tensor, weights: Tensor, missing: str) -> Tensor:
     used = weights != 0
-    terms = x[:, used] * weights[used]
-    if missing == "drop":
-        return terms.sum(1, keepdim=True)
+    terms = x * weights if bool(used.all()) else x[:, used] * weights[used]
     unknown = torch.isnan(terms)
+    if missing == "drop" or not bool(unknown.any()):
+        return terms.sum(1, keepdim=True)
     return torch.where(unknown.all(1, keepdim=True), torch.nan, torch.nan_to_num(terms).sum(1, keepdim=True))
 
 

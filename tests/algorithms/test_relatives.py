@@ -12,7 +12,7 @@ from flowalign.core.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE
 from flowalign.core.ratio_links import CentredClip, KLMask, PPOClip, RatioRows
 from tests.algorithms.chains import draw, gradients, play, slopes
 
-FREE = {"kl_penalty": 0.0, "num_minibatches": 1, "advantage_clip": 1e9}
+FREE = {"kl_penalty": 0.0, "num_minibatches": 1}
 SDE = FlowSDE(0.7)
 
 METHODS = {

@@ -15,7 +15,7 @@ from flowalign.core.step_weights import noise_aware, uniform
 from tests.algorithms.chains import ODE, draw, gradients, play, slopes
 
 SDE = FlowSDE(0.7)
-PLAIN = {"kl_penalty": 0.0, "num_minibatches": 1, "clip": 0.5, "advantage_clip": 1e9}
+PLAIN = {"kl_penalty": 0.0, "num_minibatches": 1, "clip": 0.5}
 
 
 def tempflow(**changes):
