@@ -22,6 +22,8 @@ from flowalign.config import ConfigError
 from flowalign.evaluate import monitors
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
+from flowalign.train import checkpoint
+from flowalign.train.best import WINDOW
 from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
 from flowalign.train.journal import read_log
@@ -142,6 +144,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         if accelerator.is_main_process:
             trainer.pipeline.save(config.output / "weights", trainer.result, notes=_notes(config))  # type: ignore[attr-defined]
             print(f"weights: {config.output / 'weights'}")
+            _save_best(trainer, config)
         accelerator.end_training()
     return trainer
 
@@ -162,6 +165,22 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name} is not installed; pip install 'flowalign-diffusion[{name}]', or remove it")
+
+
+def _save_best(trainer: Trainer, config: RunConfig) -> None:
+    """Write the weights of the best step, where one was to be kept; the trainer keeps those of the last."""
+    if trainer.best is None:
+        return
+    found = checkpoint.load_newest(config.output / "best")
+    if found is None or trainer.best.value is None:
+        print(f"best weights: none, because {WINDOW} steps with a finite {trainer.best.by} are compared")
+        return
+    step, state = found
+    last = trainer.pipeline.roles.state_dict()
+    trainer.pipeline.roles.load_state_dict(state["roles"])
+    trainer.pipeline.save(config.output / "best_weights", trainer.result, notes={**_notes(config), "step": str(step)})  # type: ignore[attr-defined]
+    trainer.pipeline.roles.load_state_dict(last)
+    print(f"best weights: {config.output / 'best_weights'} (step {step}: {trainer.best.by} {trainer.best.value:.4f})")
 
 
 def _notes(config: RunConfig) -> dict[str, str]:
@@ -203,10 +222,11 @@ def _after_step(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[s
             everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()
             # Rank r holds rows r, r + world, ...
             rows = everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1)
-        line["monitor"] = monitors.summarise(rows, torch.arange(len(rows)) // max(1, len(rows) // config.train.groups))
+        line["monitor"] |= monitors.summarise(rows, torch.arange(len(rows)) // max(1, len(rows) // config.train.groups))
         lines.append(line)
         mine = [name for name in line["reward"] if name.split("/")[0] in trained]
         held_out = [name for name in (*line.get("metric", ()), *line["reward"]) if name not in mine]
+        line["monitor"] |= monitors.gaps(lines, mine, held_out)
         found = monitors.alarms(lines, mine, held_out)
         if found:
             line["alarm"] = [alarm.text for alarm in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -154,6 +154,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return decoded
 
 
+def _identity(encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes a run what it is: more steps is going on, a moved folder is the same run, and when to stop is no part of it."""
+    kept = {key: value for key, value in encoded.items() if key not in ("steps", "output")}
+    return kept | {"train": {key: value for key, value in encoded.get("train", {}).items() if key != "stop_on_alarm"}}
+
+
 def claim_folder(config: RunConfig) -> bool:
     """Write the resolved configuration into the run folder, or check that a run that is there is the same but for its length.
 
@@ -166,10 +172,7 @@ def claim_folder(config: RunConfig) -> bool:
     encoded = configuration.encode(config)
     path = config.output / "config.yaml"
     if path.is_file():
-        # More steps is going on, and a moved folder is the same run.
-        free = ("steps", "output")
-        before = {key: value for key, value in configuration.read_yaml(path).items() if key not in free}
-        changed = configuration.differences(before, {key: value for key, value in encoded.items() if key not in free})
+        changed = configuration.differences(_identity(configuration.read_yaml(path)), _identity(encoded))
         if changed:
             raise ConfigError(
                 f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"

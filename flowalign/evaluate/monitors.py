@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from flowalign.estimators.diversity import group_novelty
 
 PIXELS = ("brightness", "saturation", "edge_density", "high_frequency")
 DIVERSITY = "diversity"
+NORMS = ("latent_rms", "velocity_rms")  # root mean squares, which the loop measures
 _SIDE = 256  # images are averaged down to at most this many pixels a side: a monitor must cost next to nothing
 _COARSE = 8
 _WINDOW = 5  # steps of the baseline, and of what is compared with it
 _SPREADS = 6.0  # of the baseline's steps; each step is a mean over many images
+_GROWTH = 0.25  # a smaller change of a norm, as a share of what it was, is no sign
 _LEAST = 0.1  # a smaller change of a statistic in [0, 1] is no sign, however steady the baseline was
 
 
@@ -78,6 +81,7 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
 
     - diversity within a prompt has fallen below half;
     - a pixel statistic has moved by more than 0.1 and by more than six times the spread of the first steps;
+    - a norm of latents or velocities has moved by more than a quarter and by more than six times that spread;
     - every trained reward that moved has risen by more than twice its spread, while a held-out one has fallen by as much of its own.
 
     Args:
@@ -90,14 +94,7 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
     """
     if len(lines) < 2 * _WINDOW:
         return []
-    step = int(lines[-1]["step"])
-
-    def change(part: str, name: str) -> tuple[float, float, float] | None:
-        rows = [line.get(part, {}).get(name) for line in (*lines[:_WINDOW], *lines[-_WINDOW:])]
-        if any(value is None or not math.isfinite(value) for value in rows):
-            return None
-        return fmean(rows[:_WINDOW]), fmean(rows[_WINDOW:]), pstdev(rows[:_WINDOW])
-
+    step, change = int(lines[-1]["step"]), functools.partial(_change, lines)
     found = []
     diversity = change("monitor", DIVERSITY)
     if diversity is not None and diversity[1] < 0.5 * diversity[0]:
@@ -108,6 +105,10 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
         moved = change("monitor", name)
         if moved is not None and abs(moved[1] - moved[0]) > max(_LEAST, _SPREADS * moved[2]):
             found.append(Alarm(monitor=name, step=step, text=f"{name.replace('_', ' ')} has moved: {moved[0]:.3f} -> {moved[1]:.3f}"))
+    for name in NORMS:
+        moved = change("monitor", name)
+        if moved is not None and abs(moved[1] - moved[0]) > max(_GROWTH * moved[0], _SPREADS * moved[2]):
+            found.append(Alarm(monitor=name, step=step, text=f"{name.replace('_', ' ')} has moved: {moved[0]:.3f} -> {moved[1]:.3f}"))
     risen = [name for name in trained if _moved(change("reward", name), 1)]
     for name in held_out:
         moved = change("metric", name) or change("reward", name)
@@ -115,6 +116,36 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
             text = f"held-out {name} falls, {moved[0]:.4f} -> {moved[1]:.4f}, while {', '.join(risen)} rises"
             found.append(Alarm(monitor=f"held-out {name}", step=step, text=text))
     return found
+
+
+def gaps(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out: Sequence[str]) -> dict[str, float]:
+    """Return how far the trained rewards have run ahead of each held-out one, ``gap/NAME``.
+
+    A rise is that from the first five steps to the last five, in units of the spread of the first; the gap is the mean rise of the trained rewards less
+    that of the held-out one. A policy that learns what both reward has none.
+
+    Returns:
+        Nothing before ten steps, or where a reward did not vary at first.
+    """
+    if len(lines) < 2 * _WINDOW:
+        return {}
+
+    def rise(name: str) -> float | None:
+        moved = _change(lines, "metric", name) or _change(lines, "reward", name)
+        return None if moved is None or moved[2] == 0 else (moved[1] - moved[0]) / moved[2]
+
+    risen = [value for name in trained if (value := rise(name)) is not None]
+    held = {name: value for name in held_out if (value := rise(name)) is not None}
+    return {f"gap/{name}": fmean(risen) - value for name, value in held.items()} if risen else {}
+
+
+def _change(lines: Sequence[Mapping[str, Any]], part: str, name: str) -> tuple[float, float, float] | None:
+    """Return the means of the first and the last five steps, and the spread of the first; None where a value is missing."""
+    rows = [line.get(part, {}).get(name) for line in (*lines[:_WINDOW], *lines[-_WINDOW:])]
+    known = [value for value in rows if value is not None and math.isfinite(value)]
+    if len(known) < len(rows):
+        return None
+    return fmean(known[:_WINDOW]), fmean(known[_WINDOW:]), pstdev(known[:_WINDOW])
 
 
 def _moved(change: tuple[float, float, float] | None, sign: int) -> bool:

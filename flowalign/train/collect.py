@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flowalign.core.algorithm import Algorithm, Experience, Velocity, sample_number
+from flowalign.core.algorithm import Algorithm, Experience, sample_number
 from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal
 from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
@@ -40,7 +40,7 @@ class Collected:
     """
 
     experience: Experience
-    velocity: Velocity
+    velocity: Networks
     rewards: RewardTable
     metrics: RewardTable
     advantages: AdvantageBatch

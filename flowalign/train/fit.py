@@ -20,6 +20,7 @@ from flowalign.core.algorithm import CURRENT, Algorithm, Experience, HasHeads, R
 from flowalign.core.decays import ema_warmup
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
+from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.journal import Clock, Journal
 from flowalign.train.players import HeadPlayer, Player, build_heads
@@ -32,6 +33,10 @@ AVERAGE = "average"
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
+
+
+class Alarmed(ValueError):
+    """The run stopped at a sign of reward hacking; its state is saved."""
 
 
 @dataclass(kw_only=True)
@@ -96,6 +101,7 @@ class Trainer:
             module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
         )
         self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
+        self.best = None if config.keep_best_by is None else Best(by=config.keep_best_by)
         self.held_back: dict[str, int] = {}  # steps in a row in which an algorithm held a player back
 
     @property
@@ -246,11 +252,24 @@ class Trainer:
             "advantage": dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
+            "monitor": self._norms(found),
             "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
             self.after_step(line, found.images)
         return line
+
+    def _norms(self, found: Collected) -> dict[str, float]:
+        """Root mean squares that grow when a policy runs away: of the images' latents, and of the velocities that were trained."""
+        parts = [found.experience.trajectory.x0.float().square().mean()]
+        if found.velocity.squares:
+            parts.append(
+                torch.stack([total for total, _ in found.velocity.squares]).sum() / sum(rows for _, rows in found.velocity.squares)
+            )
+        means = torch.stack(parts)
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, "mean")
+        return dict(zip(("latent_rms", "velocity_rms"), means.sqrt().tolist(), strict=False))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; randomness is keyed and needs no state."""
@@ -260,6 +279,7 @@ class Trainer:
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
             "held_back": dict(self.held_back),
+            "best": None if self.best is None else self.best.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,6 +290,8 @@ class Trainer:
         for name, head in self.heads.items():
             head.load_state_dict(state["heads"][name])
         self.held_back = dict(state.get("held_back", {}))
+        if self.best is not None and state.get("best") is not None:
+            self.best.load_state_dict(state["best"])
 
     def _anywhere(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank: all must leave together."""
@@ -284,6 +306,7 @@ class Trainer:
         Raises:
             Interrupted: If asked to stop (Ctrl-C or SIGTERM); the finished steps are saved, and the same call goes on.
             FloatingPointError: If a loss or gradient is not finite.
+            Alarmed: At a sign of reward hacking, where the configuration says so; the finished steps are saved.
         """
         main = self.accelerator.is_main_process
         found = checkpoint.load_newest(self.folder / "checkpoints")
@@ -303,7 +326,10 @@ class Trainer:
                         if main and step > start and step % self.config.checkpoint_every:
                             checkpoint.save(self.folder / "checkpoints", step, self.state_dict(), keep=self.config.keep_checkpoints)
                         raise
-                    stopping = self._anywhere(stop.is_set())
+                    alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
+                    stopping = self._anywhere(stop.is_set()) or alarmed
+                    if self.best is not None and self.best.look(line) and main:
+                        checkpoint.save(self.folder / "best", step + 1, {"roles": self.pipeline.roles.state_dict()}, keep=1)
                     line["time_s"] = self.clock.take()
                     # The log first: a line without its checkpoint is dropped on resuming, a checkpoint without its line would lose it.
                     if journal is not None:
@@ -314,6 +340,11 @@ class Trainer:
                     with self.clock.phase("checkpoint"):  # counted to the next step
                         if main and due:
                             checkpoint.save(self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints)
+                    if alarmed:
+                        raise Alarmed(
+                            f"stopped after step {step + 1} of {steps}: {'; '.join(line['alarm'])}. Look at samples and held-out rewards; the state "
+                            "is saved, and --train.stop_on_alarm false goes on"
+                        )
                     if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
         finally:

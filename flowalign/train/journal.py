@@ -100,5 +100,7 @@ def status(line: Mapping[str, Any]) -> str:
         shown.append(f"gap {metrics['ratio_gap_first']:.1e}")
     spent = line["time_s"]
     shares = " ".join(f"{name} {100 * spent[name] / spent['total']:.0f}%" for name in ("rollout", "reward", "train") if name in spent)
+    if "alarm" in line:
+        shown.append(f"ALARM x{len(line['alarm'])}")
     speed = f"{line['images'] / spent['total']:.1f} images/s"
     return f"step {line['step'] + 1:>4}  {rewards}  {'  '.join(shown)}  |grad| {line['grad_norm']:.3f}  {speed}  ({shares})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,12 +76,14 @@ class Networks:
         cond: Conditioning of the samples.
         heads: By name.
         count: Told of every evaluation: purpose and rows.
+        squares: Of each pass with gradient the sum of its rows' mean squared velocities, and their number.
     """
 
     pipeline: Pipeline
     cond: Any
     heads: Mapping[str, HeadPlayer]
     count: Callable[[str, int], None]
+    squares: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
         """Return a role's velocity, or what a head says."""
@@ -93,4 +95,9 @@ class Networks:
             said: Tensor = (head.module if torch.is_grad_enabled() else head.bare)(features)
             return said
         self.count("train" if torch.is_grad_enabled() else role, len(x))
-        return self.pipeline.velocity(x, sigma, cond, role)
+        velocity = self.pipeline.velocity(x, sigma, cond, role)
+        if torch.is_grad_enabled():
+            self.squares.append(
+                (velocity.detach().square().flatten(1).mean(1).sum(), len(x))
+            )  # read once a step: nothing waits for the device
+        return velocity

@@ -29,6 +29,9 @@ class TrainConfig:
             that the network predicts from it, which costs no pass but is blurred early.
         checkpoint_every: Steps between checkpoints (the last step is always written).
         keep_checkpoints: How many stay.
+        keep_best_by: Name of a reward or metric, best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
+            five steps is kept, and written to ``best_weights`` at the end; null for none.
+        stop_on_alarm: Stop, with the state saved, at the first sign of reward hacking.
         sample_every: Steps between grids of samples; 0 for none.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
     """
@@ -46,6 +49,8 @@ class TrainConfig:
     step_rewards: StepRewards = "completion"
     checkpoint_every: int = 1
     keep_checkpoints: int = 2
+    keep_best_by: str | None = None
+    stop_on_alarm: bool = False
     sample_every: int = 0
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 

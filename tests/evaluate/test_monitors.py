@@ -46,12 +46,14 @@ def log(steps=20, **series):
         "diversity": lambda i: 0.2,
         "trained": lambda i: 0.3 + 0.001 * (i % 2),
         "held": lambda i: 0.6 + 0.001 * (i % 2),
+        "latent_rms": lambda i: 1.0,
+        "velocity_rms": lambda i: 1.5,
         **series,
     }
     return [
         {
             "step": i,
-            "monitor": {name: made[name](i) for name in (*base, "diversity")},
+            "monitor": {name: made[name](i) for name in (*base, "diversity", *monitors.NORMS)},
             "reward": {"trained": made["trained"](i)},
             "metric": {"held": made["held"](i)},
         }
@@ -90,3 +92,24 @@ def test_a_held_out_reward_that_falls_with_the_trained_one_is_no_hacking():
 
 def test_noise_like_that_of_the_first_steps_raises_nothing():
     assert raised(log(brightness=lambda i: 0.5 + 0.3 * (-1) ** i)) == []
+
+
+@pytest.mark.parametrize(("last", "raised"), [(1.2, False), (1.3, True), (0.7, True)])
+@pytest.mark.parametrize("name", monitors.NORMS)
+def test_a_norm_that_grows_or_shrinks_by_more_than_a_quarter_raises_an_alarm(name, last, raised):
+    found = monitors.alarms(log(**{name: lambda i: 1.0 if i < 10 else last}), ["trained"], ["held"])
+    assert [alarm.monitor for alarm in found] == ([name] if raised else [])
+    wild = log(**{name: lambda i: (1.0 + 0.3 * (-1) ** i) if i < 10 else 1.3})
+    assert not monitors.alarms(wild, ["trained"], ["held"])
+
+
+def test_the_gap_is_what_the_trained_reward_rose_more_than_the_held_out_one():
+    lines = log(trained=lambda i: 0.3 + 0.01 * (i % 2) + 0.1 * (i >= 10), held=lambda i: 0.6 + 0.02 * (i % 2) - 0.1 * (i >= 10))
+    spread = (0.24) ** 0.5  # of 0, 1, 0, 1, 0
+    middle = 0.2  # the last five begin with 1
+    expected = (0.1 + 0.01 * middle) / (0.01 * spread) - (-0.1 + 0.02 * middle) / (0.02 * spread)
+    assert monitors.gaps(lines, ["trained"], ["held"]) == {"gap/held": pytest.approx(expected)}
+    alike = log(trained=lambda i: 0.01 * (i % 2) + 0.1 * i, held=lambda i: 0.02 * (i % 2) + 0.2 * i)
+    assert monitors.gaps(alike, ["trained"], ["held"])["gap/held"] == pytest.approx(0, abs=1e-9)
+    assert monitors.gaps(lines[:9], ["trained"], ["held"]) == {}
+    assert monitors.gaps(log(trained=lambda i: 0.0), ["trained"], ["held"]) == {}
