@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowalign import run
-from flowalign.core.algorithm import HasHeads
 from flowalign.env import hardware, versions
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
@@ -129,8 +128,6 @@ def needed(config: RunConfig) -> Callable[[int], Counter[tuple[str, bool]]]:
         rows["current", True] = seeds * trained * config.algorithm.num_epochs * guided
         for role in algorithm.roles:
             rows[role, False] += rows["current", True]
-        if isinstance(algorithm, HasHeads):  # the base's features, for each update of a head and for what it tells the policy
-            rows[REFERENCE, False] += len(algorithm.players) * rows["current", True]
         return rows
 
     return count

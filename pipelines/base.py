@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Noise, Take, Trajectory, explore
-from flowalign.pipelines import lora_files, watch
+from flowalign.pipelines import features, lora_files, watch
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.family import Family
-from flowalign.pipelines.features import features as pooled_features
 from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
 from flowalign.pipelines.roles import CURRENT, REFERENCE, LoRA, Roles
@@ -267,9 +266,9 @@ class FlowPipeline:
             prediction = replay.combine(outputs)
         return replay.frame.velocity(prediction.float(), shown, levels)
 
-    def features(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = REFERENCE) -> Tensor:
-        """Return what the denoiser makes of latents on its way, ``[batch, features]``; see `flowalign.pipelines.features`."""
-        return pooled_features(self, x, sigma, cond, role)
+    def look(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = REFERENCE) -> tuple[Tensor, Tensor]:
+        """Return the velocity and what the denoiser makes of latents on its way; see `flowalign.pipelines.features`."""
+        return features.look(self, x, sigma, cond, role)
 
     def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self._known:

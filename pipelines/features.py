@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from flowalign.pipelines.base import FlowPipeline
 
 
-def features(flow: FlowPipeline, x: Tensor, sigma: Tensor, cond: Conditioning, role: str) -> Tensor:
-    """Pool the block in the middle of a denoiser: mean and standard deviation of each channel over its tokens, of image and text.
+def look(flow: FlowPipeline, x: Tensor, sigma: Tensor, cond: Conditioning, role: str) -> tuple[Tensor, Tensor]:
+    """Return a role's velocity and what its denoiser made of the latents on the way, of one pass without gradient.
 
+    Features pool the block in the middle of a denoiser: mean and standard deviation of each channel over its tokens, of image and text.
     Both calls of a guided denoiser are read, side by side.
 
     Args:
@@ -29,15 +30,20 @@ def features(flow: FlowPipeline, x: Tensor, sigma: Tensor, cond: Conditioning, r
         role: Version of the network.
 
     Returns:
-        ``[batch, features]`` float32, without gradient.
+        Velocity ``[batch, *event]`` and features ``[batch, features]``, float32.
 
     Raises:
         ValueError: If the denoiser has no list of blocks, or its middle one does not keep samples apart.
     """
     with flow.roles.use(role) as network, torch.no_grad(), _watched(middle_block(network)) as seen:
-        flow.replayed(network, x, sigma, cond)
+        velocity = flow.replayed(network, x, sigma, cond)
     rules = flow.learnt().replay.calls
-    return torch.cat([part for rule, outputs in zip(rules, seen, strict=True) for part in _pooled(rule, outputs, len(x))], 1)
+    if len(seen) != len(rules):
+        raise ValueError(
+            f"features: the middle block is called {len(seen)} times in {len(rules)} calls of the denoiser, needed once in each; use an algorithm "
+            "without a critic"
+        )
+    return velocity, torch.cat([part for rule, outputs in zip(rules, seen, strict=True) for part in _pooled(rule, outputs, len(x))], 1)
 
 
 def middle_block(network: nn.Module) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, WINDOW, Experience, Loss, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant
-from flowalign.core.heads import Head, explained_variance
+from flowalign.core.heads import Evidence, Head
 from flowalign.core.matching import image_advantage, matching_rows, permuted_levels
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
@@ -28,10 +28,15 @@ class Config:
 
     - The shaped reward R of an image is what the estimator makes of it (normalised within its prompt, clipped).
     - The critic V(x, sigma, prompt) is a small perceptron on the frozen base's features of the noised image; it regresses R on the very rows
-      that the policy is trained on, re-noised images. On the states of a deterministic sampler the end is a function of the state: a good critic
-      would leave no advantage at all.
-    - The advantage of a row is R - V, clipped; its weight is the advantage itself (signed), or an exponential of it (positive).
-    - The policy moves only in steps in which the critic explained enough of the variance of R on that step's samples, none of which it had seen.
+      that the policy is trained on, after the policy has used them: a critic that had learnt an image would take its signal away. With several
+      epochs the later ones come back to images, under other noise, that it has learnt.
+    - Deviation: these rows are re-noised images, not the rollout's own intermediate states. On the states of a deterministic sampler the end is a
+      function of the state, and a good critic would leave no advantage at all.
+    - The advantage of a row is R - V, clipped; its weight is the advantage itself (signed), or an exponential of it (positive). Where the signed
+      weight lies below minus the penalty's coefficient the loss of that row is not bounded below, as in AWM; only its mean over an exact
+      critic's rows vanishes.
+    - The policy begins to move once the critic has explained some of the variance of R, beyond doubt, on samples that it had not seen: over the last
+      steps, at least ``least_steps`` of them, by three standard errors. From then on it goes on.
 
     References:
         "AC-Flow", 2025, https://arxiv.org/abs/2510.18072 (abstract and project page): intermediate feedback, clipped advantages, critic warm-up,
@@ -40,14 +45,15 @@ class Config:
 
     Attributes:
         weight: "linear" or "exponential".
-        temperature: With "exponential": weights are ``exp(temperature * advantage)``.
+        temperature: With "exponential": weights are ``exp(temperature * advantage)``, which tilts the data law by ``exp(temperature * R)`` where V = 0.
         advantage_clip: Shaped rewards and advantages are clipped to this size.
         num_levels: Levels of the rollout's grid that every image is trained at, drawn for each without repetition.
         wasserstein_penalty: Coefficient of the velocity's mean squared distance to the reference.
         critic: Size and rate of the critic.
         critic_updates: Updates of the critic for each of the policy.
-        least_explained: Share of the variance that the critic must have explained for the policy to move in a step.
-        patience: The run stops with an error if the policy was held back for this many steps in a row.
+        least_steps: Steps that the critic learns alone, at least; 0 lets the policy move at once, whatever the critic knows.
+        least_explained: Share of the variance that the critic must explain for the policy to begin.
+        patience: The run stops with an error if the policy was held back for this many steps.
         num_epochs: Passes over the images of a rollout, with fresh levels and noise each.
         num_minibatches: Updates of a pass, each on its own groups.
     """
@@ -59,6 +65,7 @@ class Config:
     wasserstein_penalty: float = 0.1
     critic: Head = field(default_factory=Head)
     critic_updates: int = 1
+    least_steps: int = 10
     least_explained: float = 0.0
     patience: int = 50
     num_epochs: int = 1
@@ -70,6 +77,10 @@ class Config:
             raise ValueError("advantage_clip and temperature must be positive and wasserstein_penalty not negative")
         if not self.least_explained < 1:
             raise ValueError(f"least_explained: got {self.least_explained}, needed less than 1: no critic explains everything")
+        if not 0 <= self.least_steps <= min(WINDOW, self.patience):
+            raise ValueError(
+                f"least_steps: got {self.least_steps}, needed 0 to {min(WINDOW, self.patience)} (evidence is of {WINDOW} steps, patience {self.patience})"
+            )
         if min(self.num_levels, self.critic_updates, self.patience, self.num_epochs, self.num_minibatches) < 1:
             raise ValueError("num_levels, critic_updates, patience, num_epochs and num_minibatches must be at least 1")
 
@@ -86,8 +97,8 @@ class ACFlow:
 
     @property
     def players(self) -> tuple[str, ...]:
-        """The critic first, so that the policy follows the newest."""
-        return (CRITIC,) * self.config.critic_updates + (CURRENT,)
+        """The policy first: its baseline must not have learnt the rows that it is trained on."""
+        return (CURRENT,) + (CRITIC,) * self.config.critic_updates
 
     @property
     def heads(self) -> Mapping[str, Head]:
@@ -113,26 +124,31 @@ class ACFlow:
         """Sample by the ODE."""
         return ode(num_steps)
 
-    def is_ready(self, player: str, found: Mapping[str, float], held_back: int) -> bool:
-        """Let the policy move where the critic has explained enough of what it had not seen.
+    def is_ready(self, evidence: Mapping[str, Evidence], held_back: int) -> bool:
+        """Let the policy begin once the critic has explained enough of what it had not seen.
 
         Raises:
-            ValueError: If it was held back for ``patience`` steps in a row.
+            ValueError: If it was held back for ``patience`` steps.
         """
-        if player != CURRENT:
+        config, seen = self.config, evidence[CRITIC]
+        if config.least_steps == 0 or (len(seen) >= config.least_steps and seen.is_better_than(config.least_explained)):
             return True
-        if "critic/error" not in found:  # every sample was filtered out: there is nothing to follow either
-            return True
-        explained = explained_variance(found["critic/error"], found["critic/variance"])
-        if explained > self.config.least_explained:
-            return True
-        if held_back + 1 >= self.config.patience:
+        if held_back >= config.patience:
             raise ValueError(
-                f"ac_flow: for {self.config.patience} steps the critic has explained no more than {self.config.least_explained:g} of the "
-                f"variance of rewards that it had not seen (now {explained:.3f}), so the policy never moved; raise critic.learning_rate, "
-                "critic_updates or train.groups, or use awm, which needs no critic"
+                f"ac_flow: in {held_back} steps the critic has not shown that it explains more than {config.least_explained:g} of the variance of "
+                f"rewards that it had not seen (over the last {len(seen)}: {seen.explained():.3f}), so the policy never moved; begin a run in another "
+                "folder with a higher critic.learning_rate or more train.groups, or with awm, which needs no critic"
             )
         return False
+
+    def look(self, rows: Rows, velocity: Velocity) -> Rows:
+        """Add the base's features of the noised images, and its velocity where it is penalised: one pass for both."""
+        x = interpolate(rows["x0"], rows["noise"], rows["sigma"])
+        columns = dict(rows.columns)
+        if self.config.wasserstein_penalty > 0:
+            columns["reference"] = velocity(x, rows["sigma"], rows.sample, REFERENCE)
+        columns["features"] = velocity(x, rows["sigma"], rows.sample, FEATURES)
+        return replace(rows, columns=columns)
 
     def rows(self, experience: Experience, update: Update) -> Rows:
         """Lay out each image of the share at its own levels; critic and policy see the same rows."""
@@ -144,21 +160,21 @@ class ACFlow:
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
         """Regress the critic, or weigh the matching error by what it did not see coming."""
-        x, sigma, shaped = interpolate(rows["x0"], rows["noise"], rows["sigma"]), rows["sigma"], rows["advantage"]
+        sigma, shaped = rows["sigma"], rows["advantage"]
         if player == CRITIC:
-            error = (velocity(x, sigma, rows.sample, CRITIC) - shaped).square()
-            return Loss(value=error, metrics={"critic/error": error.detach(), "critic/variance": shaped.square()})
+            error = (velocity(rows["features"], sigma, rows.sample, CRITIC) - shaped).square()
+            return Loss(value=error, metrics={"critic/error": error.detach(), "critic/target": shaped, "critic/square": shaped.square()})
         config = self.config
         with torch.no_grad():
-            reference = velocity(x, sigma, rows.sample, REFERENCE)
-            value = velocity(x, sigma, rows.sample, CRITIC)
+            value = velocity(rows["features"], sigma, rows.sample, CRITIC)
         advantage = (shaped - value).clamp(-config.advantage_clip, config.advantage_clip)
-        if config.weight == "exponential":
-            weight = torch.exp(config.temperature * advantage)
-        else:
-            weight = advantage
+        weight = torch.exp(config.temperature * advantage) if config.weight == "exponential" else advantage
+        x = interpolate(rows["x0"], rows["noise"], sigma)
         prediction = velocity(x, sigma, rows.sample, player)
-        distance = velocity_mse(prediction, reference)
         score = matching_score(prediction, rows["noise"], rows["x0"], sigma, weighting=WEIGHTINGS["uniform"])
-        metrics = {"score": score.detach(), "critic/advantage": advantage.abs(), "distance/reference": distance.detach()}
-        return Loss(value=-weight * score + config.wasserstein_penalty * distance, metrics=metrics)
+        loss, metrics = -weight * score, {"score": score.detach(), "policy_advantage": advantage.abs()}
+        if config.wasserstein_penalty > 0:
+            distance = velocity_mse(prediction, rows["reference"])
+            metrics["distance/reference"] = distance.detach()
+            loss = loss + config.wasserstein_penalty * distance
+        return Loss(value=loss, metrics=metrics)

@@ -15,7 +15,7 @@ class Config(PolicyConfig):
 
     References:
         "Flow-DPPO", 2026, https://arxiv.org/abs/2606.11025: rows with ``A (ratio - 1) > 0`` and ``KL > delta`` are left alone.
-        Deviation: none known; the KL is a mean over latent elements, as the published deltas 1e-5 to 1e-7 suppose.
+        Deviation: no KL to the reference unless asked for (``kl_penalty``). The KL of the region is a mean over latent elements, as the published deltas 1e-5 to 1e-7 suppose.
 
     Attributes:
         delta: Largest KL of a step to the old policy in the direction of the advantage, a mean over latent elements.

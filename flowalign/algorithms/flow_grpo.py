@@ -14,6 +14,9 @@ from flowalign.core.ratio_links import BoundedRatio, PPOClip
 class Config(PolicyConfig):
     """Flow-GRPO (Liu et al., 2025); DanceGRPO and CPS are the same with another kernel, BranchGRPO the same with a tree.
 
+    DanceGRPO's released code further trains a random 60 % of the steps, gives a group one initial noise and divides by a std with ddof 1; here all steps
+    but the last are trained and noises differ.
+
     References:
         Liu et al., "Flow-GRPO", 2025, https://arxiv.org/abs/2505.05470, equations 4 to 9, and its released code.
         Deviations: the KL is the true Gaussian KL unless asked otherwise; latents and log-probs are float32 throughout; minibatches are
@@ -38,6 +41,10 @@ class Config(PolicyConfig):
         """Refuse values that cannot be meant."""
         super().__post_init__()
         PPOClip(clip=self.clip)  # refuses a band without extent
+        if self.num_children < 2 and self.depths:
+            raise ValueError(f"num_children: got {self.num_children}, needed at least 2 where states split")
+        if self.num_children != 2 and not self.depths:
+            raise ValueError(f"num_children: got {self.num_children}, but nothing splits; name the steps with depths, or leave it out")
         if self.train_last and (self.kernel in ("ddim", "cps") or self.depths):
             raise ValueError(f"train_last: the last step of {self.kernel} has no noise, or of a tree is not trained; leave it false")
 

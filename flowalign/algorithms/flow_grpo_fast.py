@@ -43,6 +43,10 @@ class Config(PolicyConfig):
         """
         limit = num_steps // 2 if self.limit is None else self.limit
         places = limit - self.window - self.first + 1
+        if limit == num_steps and self.kernel in ("cps", "ddim"):
+            raise ValueError(
+                f"limit: got {limit} of {num_steps} steps, but {self.kernel} has no noise in the last one; lower limit, or use flow_sde"
+            )
         if self.window < 1 or self.first < 0 or places < 1 or limit > num_steps:
             raise ValueError(
                 f"window: {self.window} steps do not fit between step {self.first} and step {limit} of {num_steps} (lower window, or raise limit "

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from flowalign.core.decays import Decay
-from flowalign.core.heads import Head
+from flowalign.core.heads import Evidence, Head
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Trajectory
 
 CURRENT = "current"
 REFERENCE = "reference"
+FEATURES = "features"
 
 # velocity(x [rows, *event], sigma [rows], sample int64 [rows], role) -> [rows, *event] float32. `sample` picks the conditioning.
-# With the name of one of the algorithm's heads in the role's place: what the head says, [rows] float32; only its own weights carry gradient.
+# With FEATURES in the role's place: what heads read, [rows, features] float32, from the reference; the pass of the reference on the same x is shared.
+# With a head's name there and features for x: what the head says, [rows] float32.
 Velocity = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
@@ -160,25 +162,34 @@ class Algorithm(Protocol):
         ...
 
 
+WINDOW = 20  # steps of evidence
+
+
 @runtime_checkable
 class HasHeads(Protocol):
-    """An algorithm with small networks of its own, players that read the frozen base's features, such as a critic."""
+    """An algorithm with small networks of its own, players that read the frozen base's features, such as a critic.
+
+    A head's loss logs ``NAME/error``, ``NAME/target`` and ``NAME/square`` of each row: its squared error, what was to be predicted, and the square.
+    """
 
     @property
     def heads(self) -> Mapping[str, Head]:
         """Sizes and rates of each, by the player's name."""
         ...
 
-    def is_ready(self, player: str, found: Mapping[str, float], held_back: int) -> bool:
-        """Tell whether a player may move in this step.
+    def look(self, rows: Rows, velocity: Velocity) -> Rows:
+        """Add the columns that several players read of what is frozen, evaluated once for each update and without gradient."""
+        ...
+
+    def is_ready(self, evidence: Mapping[str, Evidence], held_back: int) -> bool:
+        """Tell whether the policy may begin to move; once it does, it goes on.
 
         Args:
-            player: Its name.
-            found: What the heads' losses logged in this step before they learnt from it, so that it is of samples they had never seen.
-            held_back: Steps in a row before this one in which the player was held back.
+            evidence: Of each head over the last steps, at most ``WINDOW`` of them.
+            held_back: Steps in which the policy was held back so far.
 
         Raises:
-            ValueError: If that goes on for too long; says how to mend it.
+            ValueError: If that has gone on for too long; says how to mend it.
         """
         ...
 

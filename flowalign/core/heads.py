@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ class Head:
     Attributes:
         width: Units of each hidden layer.
         depth: Number of hidden layers.
-        learning_rate: Of its AdamW, constant.
+        learning_rate: Of its AdamW, after the warm-up of the run (``train.warmup``).
         weight_decay: Of its AdamW.
     """
 
@@ -57,15 +59,52 @@ class Head:
         return nn.Sequential(*layers)
 
 
-def explained_variance(error: float, variance: float) -> float:
-    """Return the share of a variance that a prediction explains: ``1 - error / variance``; nothing to explain gives 0.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a head's predictions were worth on samples that it had not learnt from, step by step.
 
-    Args:
-        error: Mean squared error of the prediction.
-        variance: Mean squared error of the constant that is there without it.
-
-    Examples:
-        >>> explained_variance(0.5, 2.0), explained_variance(3.0, 2.0), explained_variance(0.0, 0.0)
-        (0.75, -0.5, 0.0)
+    Attributes:
+        error: Mean squared error of each step.
+        target: Mean of what was to be predicted.
+        square: Mean of its square.
     """
-    return 1 - error / variance if variance > 0 else 0.0
+
+    error: tuple[float, ...] = ()
+    target: tuple[float, ...] = ()
+    square: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+    def after(self, line: Mapping[str, float], name: str, *, window: int) -> Evidence:
+        """Add a step's means ``NAME/error``, ``NAME/target`` and ``NAME/square``; the last ``window`` steps stay."""
+        return Evidence(**{key: (*values, line[f"{name}/{key}"])[-window:] for key, values in vars(self).items()})
+
+    def explained(self) -> float:
+        """Return the share of the variance that the predictions explain: that about the mean of all steps; nothing to explain gives 0.
+
+        Examples:
+            >>> Evidence(error=(0.5, 0.5), target=(1.0, 1.0), square=(2.0, 2.0)).explained()
+            0.5
+            >>> Evidence(error=(1.0,), target=(1.0,), square=(2.0,)).explained()  # no better than the best constant
+            0.0
+        """
+        variance = sum(self._variances())
+        return 1 - sum(self.error) / variance if variance > 0 else 0.0
+
+    def is_better_than(self, share: float, *, margin: float = 3.0) -> bool:
+        """Tell whether more than a share of the variance is explained, beyond doubt: by ``margin`` standard errors over the steps.
+
+        Examples:
+            >>> steps = Evidence(error=(0.5, 0.7, 0.6), target=(0.0,) * 3, square=(1.0,) * 3)
+            >>> steps.is_better_than(0.0), steps.is_better_than(0.3)
+            (True, False)
+        """
+        gains = [(1 - share) * variance - error for variance, error in zip(self._variances(), self.error, strict=True)]
+        if len(gains) < 2:
+            return False
+        return fmean(gains) > margin * stdev(gains) / math.sqrt(len(gains))
+
+    def _variances(self) -> list[float]:
+        mean = fmean(self.target) if self.target else 0.0
+        return [square - 2 * mean * target + mean**2 for square, target in zip(self.square, self.target, strict=True)]

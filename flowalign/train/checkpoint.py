@@ -24,6 +24,7 @@ def flatten(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
 
     Raises:
         TypeError: If a leaf is neither a tensor, a number, a string, a boolean nor None.
+        ValueError: If a key could not be told from two.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
@@ -35,6 +36,8 @@ def flatten(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
         kind = "sequence" if not isinstance(state, Mapping) else "int" if any(isinstance(k, int) for k, _ in pairs) else "str"
         rest[prefix] = {"container": kind}
         for key, value in pairs:
+            if _SEPARATOR in str(key):
+                raise ValueError(f"state {prefix!r}: the key {key!r} holds {_SEPARATOR!r}, by which keys are told apart; name it otherwise")
             inner_tensors, inner_rest = flatten(value, f"{prefix}{_SEPARATOR}{key}")
             tensors |= inner_tensors
             rest |= inner_rest

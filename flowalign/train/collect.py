@@ -119,7 +119,7 @@ class Collector:
             number = step * config.groups * config.group_size * plan.num_leaves + flat
             # Trees and shared states are compared within prompts; everything else within what the plan compares.
             whole = {"tree", "anchor_id"} & self.estimator.needs
-            compared = compared_groups(replace(plan, compare="prompt") if whole else plan, uid, member)
+            compared = compared_groups(replace(plan, compare="prompt") if whole else plan, uid, sample_number(group, member))
             everyone = self._gather(plan, names, number, compared, table, {**extra, **measured})
             advantages, self.state = self.estimator.update(everyone, self.state)
         # The gathered rows are sorted by id, which is the flat index.

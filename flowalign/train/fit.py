@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import CURRENT, Algorithm, Experience, HasHeads, Rows, Update, Velocity
+from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
+from flowalign.core.heads import Evidence
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
@@ -102,7 +103,9 @@ class Trainer:
         )
         self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
         self.best = None if config.keep_best_by is None else Best(by=config.keep_best_by)
-        self.held_back: dict[str, int] = {}  # steps in a row in which an algorithm held a player back
+        self.may_move = not self.heads  # whether heads have let the policy begin
+        self.held_back = 0  # steps in which they have not
+        self.evidence = {name: Evidence() for name in self.heads}  # what they knew of samples that they had not learnt from
 
     @property
     def result(self) -> str:
@@ -121,25 +124,6 @@ class Trainer:
         Raises:
             FloatingPointError: If a loss or gradient is not finite, before anything moves.
         """
-        logged: dict[str, float] = {}
-        for name in self.algorithm.players:
-            if self._may_move(name, update, logged):
-                # Of a head's several turns the first is told: it is of samples that it had not learnt from.
-                logged = {**self._turn(name, experience, velocity, update), **logged}
-        return logged
-
-    def _may_move(self, name: str, update: Update, found: Mapping[str, float]) -> bool:
-        """Let an algorithm with heads hold a player back, for whole steps."""
-        if not isinstance(self.algorithm, HasHeads):
-            return True
-        if update.index == 0:
-            ready = name in self.heads or self.algorithm.is_ready(name, found, self.held_back.get(name, 0))
-            self.held_back[name] = 0 if ready else self.held_back.get(name, 0) + 1
-        return not self.held_back.get(name, 0)
-
-    def _turn(self, name: str, experience: Experience, velocity: Velocity, update: Update) -> dict[str, float]:
-        """Make one optimizer update of one player; without a row to learn from nothing moves and nothing is logged."""
-        player, prefix = self.trained[name], "" if name == CURRENT else f"{name}/"
         rows = self.algorithm.rows(experience, update)
         if rows.is_grouped and self.accelerator.num_processes > 1:
             raise ValueError(
@@ -148,8 +132,30 @@ class Trainer:
             )
         if len(rows) == 0:
             raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
+        parts = rows.split(self.config.micro_batch_size)
+        if isinstance(self.algorithm, HasHeads):
+            with torch.no_grad():
+                parts = [self.algorithm.look(part, velocity) for part in parts]
+        logged: dict[str, float] = {}
+        for name in self.algorithm.players:
+            if name != CURRENT or self.may_move:
+                # Of a head's several turns the first is told: it is of samples that it had not learnt from.
+                logged = {**self._turn(name, parts, velocity, experience.keep, update), **logged}
+        return logged
+
+    def _may_move(self) -> bool:
+        """Let an algorithm with heads hold the policy back until they know something."""
+        if self.may_move or not isinstance(self.algorithm, HasHeads):
+            return True
+        ready = self.algorithm.is_ready(self.evidence, self.held_back)
+        self.held_back += not ready
+        return ready
+
+    def _turn(self, name: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, update: Update) -> dict[str, float]:
+        """Make one optimizer update of one player; without a row to learn from nothing moves and nothing is logged."""
+        player, prefix = self.trained[name], "" if name == CURRENT else f"{name}/"
         try:
-            sums, count = self._backward(name, rows, velocity, experience.keep)
+            sums, count = self._backward(name, parts, velocity, keep)
         except FloatingPointError as error:
             raise self._diverged(name, update.step, str(error)) from error
         norm = float(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
@@ -166,16 +172,14 @@ class Trainer:
         loss = means.pop("loss")
         return {f"{prefix}loss": loss, **means, f"{prefix}grad_norm": norm}
 
-    def _backward(self, player: str, rows: Rows, velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
+    def _backward(self, player: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
         """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
 
         Returns:
             Sums over this rank's kept rows, and the number of kept rows a rank, on average over the ranks.
         """
-        kept = keep.to(rows.sample.device)[rows.sample]
-        count = self._average(float(kept.sum()))
-        parts = rows.split(self.config.micro_batch_size)
-        masks = kept.split([len(part) for part in parts])
+        masks = [keep.to(part.sample.device)[part.sample] for part in parts]
+        count = self._average(float(sum(mask.sum() for mask in masks)))
         sums: dict[str, Tensor] = {}
         for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
             last = number == len(parts) - 1
@@ -220,8 +224,8 @@ class Trainer:
     def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
         self.trained[player].optimizer.zero_grad(set_to_none=True)
         return FloatingPointError(
-            f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); nothing was updated. "
-            f"Lower train.learning_rate or raise the penalties, and resume from the last checkpoint"
+            f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); it was not updated. "
+            f"Lower {'train' if player == CURRENT else f'algorithm.{player}'}.learning_rate or raise the penalties, and resume from the last checkpoint"
         )
 
     # -- run --------------------------------------------------------------------------------------------------------------------
@@ -229,6 +233,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """Do one step: rollout, scoring and all its updates. Returns the step's log line."""
         found = self.collect(step)
+        self.may_move = self._may_move()
         logged: list[dict[str, float]] = []
         with self.clock.phase("train"):
             for index in range(self.algorithm.num_updates):
@@ -240,6 +245,10 @@ class Trainer:
         self._check_weights(step)
         made = [line for line in logged if line]  # an update whose samples were all filtered out logs nothing
         metrics = {name: sum(line[name] for line in made) / len(made) for name in (made[0] if made else {})}
+        for name in self.heads:
+            if f"{name}/error" in metrics:
+                self.evidence[name] = self.evidence[name].after(metrics, name, window=WINDOW)
+            metrics |= {f"{name}/explained": self.evidence[name].explained(), "held_back": self.held_back}
         if "ratio_gap" in metrics:
             # On-policy only before the first update: there a gap is the rollout and the replay disagreeing.
             metrics["ratio_gap_first"] = made[0]["ratio_gap"]
@@ -278,8 +287,10 @@ class Trainer:
             "optimizer": checkpoint.optimizer_state(self.optimizer),
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
-            "held_back": dict(self.held_back),
             "best": None if self.best is None else self.best.state_dict(),
+            "may_move": self.may_move,
+            "held_back": self.held_back,
+            "evidence": {name: {key: list(values) for key, values in vars(seen).items()} for name, seen in self.evidence.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,9 +300,13 @@ class Trainer:
         self.collector.state = state["estimator"]
         for name, head in self.heads.items():
             head.load_state_dict(state["heads"][name])
-        self.held_back = dict(state.get("held_back", {}))
         if self.best is not None and state.get("best") is not None:
             self.best.load_state_dict(state["best"])
+        if self.heads:
+            self.may_move, self.held_back = state["may_move"], state["held_back"]
+            self.evidence = {
+                name: Evidence(**{key: tuple(values) for key, values in seen.items()}) for name, seen in state["evidence"].items()
+            }
 
     def _anywhere(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank: all must leave together."""
@@ -347,6 +362,11 @@ class Trainer:
                         )
                     if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
+            if not self.may_move:
+                raise ValueError(
+                    f"the policy never moved in {steps} steps: {', '.join(self.heads)} had not shown that it explains rewards (see explained in "
+                    "log.jsonl); the state is saved, more --steps go on"
+                )
         finally:
             if journal is not None:
                 journal.close()

@@ -19,7 +19,7 @@ def compared_groups(plan: Plan, prompts: Tensor, seeds: Tensor) -> Tensor:
     Args:
         plan: The plan.
         prompts: ``[seeds]``, id of each initial state's prompt.
-        seeds: ``[seeds]``, number of each among its prompt's.
+        seeds: ``[seeds]``, a number for each that no other initial state of its prompt has in this step.
 
     Returns:
         Group ids ``[seeds * leaves]``; the prompts' own ids where whole prompts are compared.

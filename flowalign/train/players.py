@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import REFERENCE, HasHeads
+from flowalign.core.algorithm import FEATURES, REFERENCE, HasHeads
 from flowalign.train import checkpoint
 from flowalign.train.protocols import Pipeline
 
@@ -52,7 +52,7 @@ def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerato
     """Make an algorithm's heads, as wide at the input as the pipeline's features."""
     cond = pipeline.encode(["a"])
     one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
-    num_features = pipeline.features(one, torch.tensor(0.5, device=one.device), cond, REFERENCE).shape[1]
+    num_features = pipeline.look(one, torch.tensor(0.5, device=one.device), cond, REFERENCE)[1].shape[1]
     players = {}
     for name, head in algorithm.heads.items():
         bare = head.build(num_features, seed=seed, name=name).to(accelerator.device)
@@ -67,7 +67,7 @@ def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerato
     return players
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Networks:
     """The networks on the samples of a step, as algorithms call them.
 
@@ -75,7 +75,7 @@ class Networks:
         pipeline: Has the denoiser.
         cond: Conditioning of the samples.
         heads: By name.
-        count: Told of every evaluation: purpose and rows.
+        count: Told of every evaluation of the denoiser: purpose and rows.
         squares: Of each pass with gradient the sum of its rows' mean squared velocities, and their number.
     """
 
@@ -84,20 +84,26 @@ class Networks:
     heads: Mapping[str, HeadPlayer]
     count: Callable[[str, int], None]
     squares: list[tuple[Tensor, int]] = field(default_factory=list)
+    _looked: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # the last latents of the reference, and their features
 
     def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
-        """Return a role's velocity, or what a head says."""
-        cond = self.cond.take(sample)
+        """Return a role's velocity, the features of latents, or what a head says of features."""
         if role in self.heads:
-            self.count(role, len(x))
-            head, features = self.heads[role], self.pipeline.features(x, sigma, cond, REFERENCE)
+            head = self.heads[role]
             # Not the wrapped module without gradient: DDP would talk to other ranks.
-            said: Tensor = (head.module if torch.is_grad_enabled() else head.bare)(features)
+            said: Tensor = (head.module if torch.is_grad_enabled() else head.bare)(x)
             return said
+        if role == FEATURES and self._looked is not None and self._looked[0] is x:
+            return self._looked[1]
+        cond = self.cond.take(sample)
+        if role == FEATURES or (role == REFERENCE and self.heads):
+            self.count(REFERENCE, len(x))
+            velocity, features = self.pipeline.look(x, sigma, cond, REFERENCE)
+            self._looked = x, features
+            return features if role == FEATURES else velocity
         self.count("train" if torch.is_grad_enabled() else role, len(x))
         velocity = self.pipeline.velocity(x, sigma, cond, role)
         if torch.is_grad_enabled():
-            self.squares.append(
-                (velocity.detach().square().flatten(1).mean(1).sum(), len(x))
-            )  # read once a step: nothing waits for the device
+            # Read once a step: nothing waits for the device.
+            self.squares.append((velocity.detach().square().flatten(1).mean(1).sum(), len(x)))
         return velocity

@@ -236,3 +236,23 @@ def test_ddpo_trains_ddim_with_full_noise_and_refuses_another_kernel():
 def test_what_cannot_be_trained_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_optimum_of_awm_is_the_weighted_mean_of_targets_reference_and_slow_copy():
+    """v = (A v* + beta v_ref + b v_ema) / (A + beta + b) for every row whose sum is positive (the specification's closed form)."""
+    built = awm.Config(
+        weighting="uniform", levels="uniform", num_levels=2, advantage_max=5.0, reference_penalty=0.4, slow_penalty=0.7
+    ).build()
+    rows = built.rows(experience(ADVANTAGE.abs()), FIRST)
+    target = rows["noise"] - rows["x0"]
+    others = {"reference": draw("reference", target.shape), "ema": draw("ema", target.shape)}
+    size = rows["advantage"].view(-1, 1, 1)
+    best = (size * target + 0.4 * others["reference"] + 0.7 * others["ema"]) / (size + 0.4 + 0.7)
+
+    def slope(at):
+        leaf = at.clone().requires_grad_()
+        value = built.loss("current", rows, lambda x, sigma, sample, role: others.get(role, leaf)).value
+        return torch.autograd.grad(value.sum(), leaf)[0].abs().max()
+
+    assert slope(best) < 1e-12
+    assert slope(best + 0.1) > 0.01

@@ -38,30 +38,45 @@ def within(values, groups, members, exact):
 
 @pytest.mark.parametrize(("config", "kernel"), METHODS.values(), ids=METHODS)
 def test_the_gradient_of_a_chain_is_the_exact_one_within_its_interval(config, kernel):
-    built, groups, members = config.build(), 60, 24
+    built, groups, members = config.build(), 1500, 24
     _, steps, found, _ = gradients(built, play(built, groups=groups, members=members))
     exact = slopes(kernel, kernel)[0]
     errors = [within(found[steps == k], groups, members, exact[k]) for k in range(9)]
-    # The interval means something: the largest gradient is many times it.
-    best = max(range(9), key=lambda k: abs(exact[k]))
-    assert errors[best] < 0.35 * abs(exact[best])
+    # The intervals mean something: large gradients are many times theirs. (Before the last step DDIM and CPS have little noise, and large scores.)
+    largest = max(map(abs, exact[:8]))
+    large = [k for k in range(8) if abs(exact[k]) > largest / 2]
+    assert len(large) >= 2
+    assert all(errors[k] < 0.05 * abs(exact[k]) for k in large)
 
 
 @pytest.mark.parametrize(("config", "kernel"), WINDOWS.values(), ids=WINDOWS)
 def test_the_gradient_of_a_window_is_the_exact_one_of_a_sampler_with_noise_there_alone(config, kernel):
-    built, groups, members = config.build(), 60, 24
+    built, groups, members = config.build(), 1500, 24
     experience = play(built, groups=groups, members=members)
     _, steps, found, _ = gradients(built, experience)
     trained = list(built.plan(0, 10).trained)
     assert torch.unique(steps).tolist() == trained
     inside, outside = slopes(kernel, kernel)[0], slopes(kernel, Euler())[0]
-    whole = slopes(kernel, kernel)[1]
     for k in trained:
         # Later steps of the window shrink the response as the kernel does, those behind it as the ODE does.
         last = trained[-1]
         exact = inside[k] / inside[last] * outside[last] if abs(inside[last]) > 1e-9 else outside[k]
-        within(found[steps == k], groups, members, exact)
-    assert len(whole) == 10
+        assert within(found[steps == k], groups, members, exact) < 0.05 * abs(exact)
+
+
+@pytest.mark.parametrize("kernel", ["cps", "ddim"])
+def test_a_random_window_never_ends_where_its_kernel_has_no_noise(kernel):
+    config = flow_grpo_fast.Config(**FREE, clip=0.5, kernel=kernel, limit=10)
+    with pytest.raises(ValueError, match=f"limit: got 10 of 10 steps, but {kernel} has no noise in the last one"):
+        config.place(0, 10, 0)
+    assert flow_grpo_fast.Config(**FREE, clip=0.5, kernel="flow_sde", limit=10).place(0, 10, 0) in range(8)
+
+
+def test_children_where_nothing_splits_are_refused():
+    with pytest.raises(ValueError, match="num_children: got 6, but nothing splits"):
+        flow_grpo.Config(num_children=6)
+    with pytest.raises(ValueError, match="num_children: got 1, needed at least 2 where states split"):
+        flow_grpo.Config(num_children=1, depths=(0,))
 
 
 def test_guard_follows_the_flow_grpo_gradient_with_the_noise_of_the_step_over_its_size():
@@ -176,7 +191,10 @@ def test_samples_of_one_noise_part_at_the_window_and_share_what_comes_before():
     [
         (lambda: flow_grpo_fast.Config(window=6).build().plan(0, 10), "window: 6 steps do not fit between step 0 and step 5 of 10"),
         (lambda: flow_grpo_fast.Config(limit=12).build().plan(0, 10), "do not fit between step 0 and step 12"),
-        (lambda: flow_grpo_fast.Config(limit=10, first=7).build().plan(0, 10), "step 9 is the last one, where CPS has no noise"),
+        (
+            lambda: flow_grpo_fast.Config(limit=10, first=7).build().plan(0, 10),
+            "limit: got 10 of 10 steps, but cps has no noise in the last one",
+        ),
         (lambda: mix_grpo.Config(window=10).build().plan(0, 10), "window: got size 10, needed 1 to 9"),
         (lambda: grpo_guard.Config(log_prob="unit").build(), "use gaussian"),
         (lambda: grpo_guard.Config(clip=0.0).build(), "clip: got 0.0"),

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from flowalign.algorithms import flow_grpo, tempflow_grpo
+from flowalign.algorithms import flow_grpo, flow_grpo_fast, mix_grpo, tempflow_grpo
 from flowalign.core.algorithm import Update
 from flowalign.core.kernels import FlowSDE
-from flowalign.core.plans import Plan, PlanStep, fork, window
+from flowalign.core.plans import Plan, PlanStep, fork
 from flowalign.core.ratio_links import PPOClip
 from flowalign.core.schedules import flow_sigmas, flux_sigmas
 from flowalign.core.step_weights import noise_aware, uniform
@@ -105,6 +105,17 @@ def test_the_noise_weight_is_the_std_over_its_mean_and_gives_the_papers_constant
     assert torch.allclose(weighted, plain * stds / stds.view(9, -1)[:, 0].mean(), rtol=1e-12)
 
 
+def test_the_spread_of_a_groups_gradient_is_the_specifications():
+    """Flow-GRPO's noise at the last trained step is three times TempFlow's, and at the very last one many times its signal."""
+    plain, last = flow_grpo.Config(**PLAIN).build(), flow_grpo.Config(**PLAIN, train_last=True).build()
+    _, steps, found, _ = gradients(plain, play(plain, groups=1500, members=24))
+    assert float(found[steps == 8].view(1500, 24).mean(1).std()) == pytest.approx(0.271, rel=0.06)
+    _, steps, found, _ = gradients(last, play(last, groups=1500, members=24))
+    final = found[steps == 9].view(1500, 24).mean(1)
+    assert float(final.std()) == pytest.approx(0.315, rel=0.06)
+    assert abs(slopes(SDE, SDE)[0][9]) == pytest.approx(0.0111, abs=1e-4)
+
+
 def as_plan(plan):
     """Flow-GRPO's loss on a plan of our own."""
     config = flow_grpo.Config(**PLAIN)
@@ -115,7 +126,8 @@ def as_plan(plan):
 
 def test_one_fork_is_fast_with_a_window_of_that_step_and_the_same_initial_noise():
     k, children = 3, 4
-    forked, fast = as_plan(fork(SDE, 10, num_children=children, steps=range(k, k + 1))), as_plan(window(SDE, 10, start=k, size=1))
+    forked = as_plan(fork(SDE, 10, num_children=children, steps=range(k, k + 1)))
+    fast = flow_grpo_fast.Config(**PLAIN, kernel="flow_sde", window=1, first=k, limit=k + 1).build()
     other = play(fast, groups=5, members=children, same_latent=True)
     one = play(forked, groups=5, members=1, x_init=other.trajectory.x_init[::children])
     assert (one.trajectory.x0 - other.trajectory.x0).abs().max() < 1e-14
@@ -148,8 +160,9 @@ def test_of_two_steps_with_the_last_one_deterministic_all_relatives_coincide():
     last_ode = Plan((PlanStep(kernel=SDE, is_trained=True), PlanStep(kernel=ODE)))
     relatives = {
         "flow_grpo": as_plan(last_ode),
-        "fast and mix": as_plan(window(SDE, 2, start=0, size=1)),
-        "tempflow": as_plan(fork(SDE, 2, num_children=4)),
+        "fast": flow_grpo_fast.Config(**PLAIN, kernel="flow_sde", window=1).build(),
+        "mix": mix_grpo.Config(**PLAIN, window=1, strategy="fixed").build(),
+        "tempflow": tempflow(num_children=4),
     }
     members, x = 4, draw("start", (1, 1))
     found = {}

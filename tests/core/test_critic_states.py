@@ -31,8 +31,6 @@ def test_on_renoised_states_the_value_is_the_posterior_mean_and_half_the_varianc
     assert intercept == pytest.approx(0.0, abs=0.01)
     assert rest == pytest.approx(0.5, abs=0.01)
     assert torch.allclose(WORLD.posterior_mean(x, 0.5), x)
-    # What a critic leaves is less than what the mean of a group leaves.
-    assert rest < float(x0.var())
 
 
 def test_on_states_of_the_ode_the_value_is_the_end_itself_and_nothing_stays():
@@ -42,6 +40,20 @@ def test_on_states_of_the_ode_the_value_is_the_end_itself_and_nothing_stays():
     slope, _, rest = line(states, done.x0)
     assert slope == pytest.approx(2**0.5, abs=2e-3)
     assert rest < 1e-12
+
+
+def test_the_value_of_a_square_has_the_posterior_variance_on_renoised_states_and_none_on_the_odes():
+    x0, noise = draw(0, 200_000), draw(1, 200_000)
+    x = interpolate(x0, noise, 0.5)
+    value = WORLD.posterior_mean(x, 0.5).square() + 0.5**2 / 0.5  # m^2 + s^2 t^2 / var
+    left = x0.square() - value
+    for weight in (torch.ones_like(x), x.square()):  # what is left has no part in common with functions of the state
+        product = left * weight
+        assert float(product.mean()) == pytest.approx(0, abs=4 * float(product.std()) / len(x) ** 0.5)
+    assert float(left.var()) < 0.9 * float(x0.square().var())
+    states = draw(2, 1000) * 0.5**0.5
+    done = rollout(WORLD.velocity, states, linear_sigmas(800, dtype=torch.float64), ode(800), lambda step: states, start=400)
+    assert torch.allclose(done.x0.square(), states.square() / 0.5, rtol=0.01)
 
 
 def test_a_critic_of_the_wrong_states_is_biased_on_the_others():

@@ -86,13 +86,30 @@ def test_ddof_scales_grpo_by_a_known_factor():
     assert torch.allclose(advantages("grpo", C, ddof=1, eps=0.0), advantages("grpo", C, eps=0.0) * (3 / 4) ** 0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(4, 0.79788), (8, 0.90270), (24, 0.96837)])
-def test_group_std_shrinks_the_expected_gradient_by_the_known_factor(size, expected):
-    groups = 40_000
+@pytest.mark.parametrize(
+    ("size", "ddof", "expected"),
+    [
+        *((size, 0, value) for size, value in ((4, 0.79788), (6, 0.86863), (8, 0.90270), (12, 0.93594), (16, 0.95225), (24, 0.96837))),
+        *((size, 1, value) for size, value in ((4, 0.69099), (6, 0.79294), (8, 0.84440), (12, 0.89610), (16, 0.92202), (24, 0.94798))),
+    ],
+)
+def test_group_std_shrinks_the_expected_gradient_by_the_known_factor(size, ddof, expected):
+    groups = 20_000
     reward = torch.randn(groups * size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = advantages("grpo", reward, group_size=size, eps=0.0)
+    found = advantages("grpo", reward, group_size=size, ddof=ddof, eps=0.0)
     products = (found * reward).view(groups, size).mean(1)
     assert float(products.mean()) == pytest.approx(expected, abs=4 * float(products.std()) / groups**0.5)
+
+
+def test_a_mean_of_the_own_group_shrinks_the_gradient_of_a_quadratic_by_one_in_its_size():
+    """Policy N(mu, 1), reward -(x - c)^2: the exact gradient is -2 (mu - c), the estimate (G - 1) / G of it."""
+    groups, size, mu, c = 20_000, 24, 0.3, 1.0
+    noise = torch.randn(groups * size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = advantages("dr_grpo", -((mu + noise - c) ** 2), group_size=size).double()
+    each = (found * noise).view(groups, size).mean(1)
+    assert (size - 1) / size == pytest.approx(0.958333, abs=1e-6)
+    assert float(each.mean()) == pytest.approx(-2 * (mu - c) * (size - 1) / size, abs=4 * float(each.std()) / groups**0.5)
+    assert float(each.std()) / groups**0.5 < 0.01
 
 
 def test_flow_grpo_clips_at_five():

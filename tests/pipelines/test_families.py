@@ -104,11 +104,11 @@ def test_gradient_reaches_every_adapter_through_the_replay(case):
 def test_features_for_critics_keep_samples_apart_and_see_the_prompt(case):
     it = subject(case)
     cond, level = it.flow.encode([parity.PROMPT, "b"]), torch.tensor(0.5)
-    both = it.flow.features(it.noise, level, cond, "current")
+    both = it.flow.look(it.noise, level, cond, "current")[1]
     assert both.isfinite().all()
-    alone = it.flow.features(it.noise[1:], level, cond.take(torch.tensor([1])), "current")
+    alone = it.flow.look(it.noise[1:], level, cond.take(torch.tensor([1])), "current")[1]
     assert torch.allclose(alone[0], both[1], atol=1e-3)
-    other = it.flow.features(it.noise[1:], level, cond.take(torch.tensor([0])), "current")
+    other = it.flow.look(it.noise[1:], level, cond.take(torch.tensor([0])), "current")[1]
     assert not torch.allclose(other[0], both[1], atol=1e-3)
 
 

@@ -1,6 +1,7 @@
 """Every algorithm through the whole loop: it trains, and evaluates the network as often as its plan and levels say."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from flowalign.run_config import load_config
 SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 8, "learning_rate": 1e-2}
 # Options, and the evaluations of the network for an initial noise at 4 steps: rollout, training with gradient, and for each other role.
 ALGORITHMS = {
-    "ac_flow": ({"num_levels": 2, "critic_updates": 3, "least_explained": -9.0}, 4, 2, {"reference": 2, "critic": 4 * 2}),
+    "ac_flow": ({"num_levels": 2, "critic_updates": 3, "least_steps": 0}, 4, 2, {"reference": 2}),
     "awm": ({"num_levels": 2, "levels": "uniform", "reference_penalty": 0.1}, 4, 2, {"reference": 2, "ema": 2}),
     "ddpo": ({}, 4, 3, {}),
     "dgpo": ({"num_levels": 2, "level_fraction": 0.8}, 4, 2, {"reference": 2}),
@@ -60,7 +61,7 @@ def test_micro_batches_change_nothing_where_children_share_an_evaluation(write_c
         built = build(write_config, algorithm={"type": "tempflow_grpo", "num_children": 2}, train={**SMALL, "micro_batch_size": size})
         collected = built.collect(0)
         rows = built.algorithm.rows(collected.experience, Update(seed=0, step=0, index=0))
-        built._backward("current", rows, collected.velocity, collected.experience.keep)
+        built._backward("current", rows.split(size), collected.velocity, collected.experience.keep)
         found.append(torch.cat([parameter.grad.flatten() for parameter in built.parameters]))
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
 
@@ -89,47 +90,117 @@ def weights(built):
     return torch.cat([parameter.detach().flatten() for parameter in built.parameters])
 
 
-def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_ends_if_it_never_does(write_config):
-    built = build(write_config, algorithm={**AC_FLOW, "least_explained": 0.999, "patience": 2})
-    before, critic = weights(built), [parameter.clone() for parameter in built.heads["critic"].parameters]
+def heads(built):
+    return torch.cat([parameter.detach().flatten() for parameter in built.heads["critic"].parameters])
+
+
+def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_says_if_it_never_moved(write_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    built = build(
+        write_config, algorithm={**AC_FLOW, "least_explained": 0.999, "least_steps": 2, "patience": 3}, output=str(tmp_path / "run")
+    )
+    before, critic = weights(built), heads(built)
     line = built.step(0)
     assert torch.equal(weights(built), before)
-    assert not torch.equal(critic[-2], built.heads["critic"].parameters[-2])  # its last bias may stay: advantages add up to 0
-    assert built.held_back == {"critic": 0, "current": 1}
-    assert line["metrics"]["critic/error"] == pytest.approx(line["metrics"]["critic/variance"])  # it says 0 before it learns
+    assert not torch.equal(heads(built), critic)
+    assert (built.may_move, built.held_back, len(built.evidence["critic"])) == (False, 1, 1)
+    assert line["metrics"]["critic/error"] == pytest.approx(line["metrics"]["critic/square"])  # it says 0 before it learns
     assert "loss" not in line["metrics"]
-    assert line["grad_norm"] == 0
-    with pytest.raises(ValueError, match="for 2 steps the critic has explained no more than 0.999"):
-        built.step(1)
+    assert (line["metrics"]["held_back"], line["grad_norm"]) == (1, 0)
+    fresh = build(
+        write_config, algorithm={**AC_FLOW, "least_explained": 0.999, "least_steps": 2, "patience": 3}, output=str(tmp_path / "run")
+    )
+    with pytest.raises(ValueError, match="the policy never moved in 2 steps: critic had not shown"):
+        fresh.fit(2)
+    again = build(
+        write_config, algorithm={**AC_FLOW, "least_explained": 0.999, "least_steps": 2, "patience": 3}, output=str(tmp_path / "run")
+    )
+    with pytest.raises(ValueError, match="in 3 steps the critic has not shown that it explains more than 0.999"):
+        again.fit(5)  # the steps before it was stopped count
+
+
+def test_the_policy_begins_with_the_evidence_and_goes_on_without(write_config, monkeypatch):
+    built = build(write_config, algorithm={**AC_FLOW, "least_steps": 2})
+    before = weights(built)
+    verdicts = iter([False, True])
+    asked = []
+    monkeypatch.setattr(
+        type(built.algorithm), "is_ready", lambda self, seen, held_back: asked.append((len(seen["critic"]), held_back)) or next(verdicts)
+    )
+    built.step(0)
+    assert torch.equal(weights(built), before)
+    line = built.step(1)
+    assert not torch.equal(weights(built), before)
+    assert math.isfinite(line["metrics"]["loss"])
+    built.step(2)
+    assert asked == [(0, 0), (1, 1)]
+
+
+def test_filtered_samples_are_no_evidence(write_config):
+    built = build(write_config, algorithm={**AC_FLOW, "least_steps": 2})
+    collected = built.collect(0)
+    nobody = replace(collected.experience, keep=torch.zeros_like(collected.experience.keep))
+    assert built.update(nobody, collected.velocity, Update(seed=0, step=0, index=0)) == {}
+    assert len(built.evidence["critic"]) == 0
+    assert not built.may_move
 
 
 def test_a_run_with_a_critic_resumes_to_the_same_bits(write_config, tmp_path):
     for name in ("whole", "half"):
         (tmp_path / name).mkdir()
-    whole = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "whole"))
-    whole.fit(3)
-    half = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "half"))
-    half.fit(2)
-    again = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0}, output=str(tmp_path / "half"))
-    again.fit(3)
+    made = {"algorithm": {**AC_FLOW, "least_steps": 2, "least_explained": -9.0}}
+    whole = build(write_config, output=str(tmp_path / "whole"), **made)
+    whole.fit(4)
+    half = build(write_config, output=str(tmp_path / "half"), **made)
+    with pytest.raises(ValueError, match="never moved"):
+        half.fit(1)
+    again = build(write_config, output=str(tmp_path / "half"), **made)
+    again.fit(4)
     assert torch.equal(weights(again), weights(whole))
-    pairs = zip(again.heads["critic"].parameters, whole.heads["critic"].parameters, strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert any(parameter.abs().max() > 0 for parameter in again.heads["critic"].parameters[-2:])
+    assert torch.equal(heads(again), heads(whole))
+    assert (again.may_move, again.held_back, again.evidence) == (True, 2, whole.evidence)
+
+
+def test_micro_batches_change_nothing_for_a_critic(write_config):
+    found = []
+    for size in (1, 64):
+        built = build(write_config, algorithm={**AC_FLOW, "least_steps": 0}, train={**SMALL, "micro_batch_size": size})
+        built.step(0)
+        found.append((weights(built), heads(built)))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+def test_a_critic_beside_full_training_reads_the_base(write_config, model):
+    pipeline = {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": None}
+    built = build(write_config, algorithm={**AC_FLOW, "least_steps": 0}, pipeline=pipeline)
+    cond = built.pipeline.encode(["a photo of a red ring"])
+    x = torch.randn(1, *built.pipeline.event_shape, generator=torch.Generator().manual_seed(0))
+    before = built.pipeline.look(x, torch.tensor(0.5), cond)
+    line = built.step(0)
+    assert line["grad_norm"] > 0
+    after = built.pipeline.look(x, torch.tensor(0.5), cond)
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_a_critic_learns_from_features_of_image_level_and_prompt(write_config):
-    built = build(write_config, algorithm={**AC_FLOW, "least_explained": -9.0})
+    built = build(write_config, algorithm={**AC_FLOW, "least_steps": 0})
     pipeline = built.pipeline
+
+    def features(*args):
+        velocity, found = pipeline.look(*args)
+        assert torch.equal(velocity, pipeline.velocity(args[0], args[1], args[2], "reference"))
+        return found
+
     cond = pipeline.encode(["a photo of a red ring", "a photo of two blue squares"])
     x = torch.randn(1, *pipeline.event_shape, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-    both = pipeline.features(x, torch.tensor(0.5), cond)
+    both = features(x, torch.tensor(0.5), cond)
     assert both.shape == (2, built.heads["critic"].bare[0].normalized_shape[0])
     assert not torch.equal(both[0], both[1])  # the prompt
-    assert not torch.allclose(both, pipeline.features(x, torch.tensor(0.4), cond))
-    assert not torch.allclose(both, pipeline.features(x + 0.1, torch.tensor(0.5), cond))
-    alone = pipeline.features(x[:1], torch.tensor(0.5), cond.take(torch.tensor([1])))
+    assert not torch.allclose(both, features(x, torch.tensor(0.4), cond))
+    assert not torch.allclose(both, features(x + 0.1, torch.tensor(0.5), cond))
+    alone = features(x[:1], torch.tensor(0.5), cond.take(torch.tensor([1])))
     assert torch.allclose(alone[0], both[1], atol=1e-4)
     for parameter in built.parameters:
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(pipeline.features(x, torch.tensor(0.5), cond), both)  # of the base, whatever was trained
+    assert torch.equal(features(x, torch.tensor(0.5), cond), both)  # of the base, whatever was trained

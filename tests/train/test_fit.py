@@ -42,7 +42,7 @@ def gradient(built, step=0, index=0):
     found = built.collect(step)
     experience, velocity = found.experience, found.velocity
     rows = built.algorithm.rows(experience, Update(seed=0, step=step, index=index))
-    sums, _ = built._backward("current", rows, velocity, experience.keep)
+    sums, _ = built._backward("current", rows.split(built.config.micro_batch_size), velocity, experience.keep)
     found = torch.cat([p.grad.flatten() for p in built.parameters])
     for parameter in built.parameters:
         parameter.grad = None
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, mon
     honest = built.pipeline.velocity
     monkeypatch.setattr(built.pipeline, "velocity", lambda *a, **k: honest(*a, **k) * float("nan"))
     with pytest.raises(
-        FloatingPointError, match=r"step 0, player 'current': the loss is nan \(last finite: none yet\); nothing was updated"
+        FloatingPointError, match=r"step 0, player 'current': the loss is nan \(last finite: none yet\); it was not updated"
     ):
         built.step(0)
     assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
@@ -301,7 +301,7 @@ def test_a_policy_gradient_through_a_velocity_that_is_not_finite_names_step_and_
     built = trainer(write_config(algorithm={"type": "flow_grpo"}))
     found = built.collect(0)
     experience, velocity = found.experience, found.velocity
-    with pytest.raises(FloatingPointError, match=r"step 0, player 'current': gaussian_log_prob: row 0 is nan.*nothing was updated"):
+    with pytest.raises(FloatingPointError, match=r"step 0, player 'current': gaussian_log_prob: row 0 is nan.*it was not updated"):
         built.update(experience, lambda *a, **k: velocity(*a, **k) * float("nan"), Update(seed=0, step=0, index=0))
 
 
@@ -399,7 +399,7 @@ def test_samples_that_are_not_kept_have_no_part_in_the_loss(write_config):
     rows = built.algorithm.rows(experience, update)
 
     def gradient_of(rows, keep):
-        sums, count = built._backward("current", rows, found.velocity, keep)
+        sums, count = built._backward("current", rows.split(built.config.micro_batch_size), found.velocity, keep)
         flat = torch.cat([p.grad.flatten() for p in built.parameters])
         built.optimizer.zero_grad(set_to_none=True)
         return flat, {name: float(value) / count for name, value in sums.items()}

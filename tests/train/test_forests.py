@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flowalign.core.algorithm import Update
+from flowalign.core.algorithm import Update, sample_number
 from flowalign.core.kernels import FlowSDE
 from flowalign.core.plans import chain, fork, tree
 from flowalign.estimators import RewardBatch, estimate
@@ -93,6 +93,13 @@ def test_groups_are_prompts_or_steps_or_states():
         same = torch.stack([k[:, None] == k for k in keys]).all(0)
         assert torch.equal(found[:, None] == found, same)
     assert torch.equal(compared_groups(chain(SDE, 3), prompts, seeds), prompts)
+
+
+def test_states_of_a_prompt_that_comes_twice_in_a_step_are_apart():
+    plan = fork(SDE, 3, num_children=2, compare="state")
+    group, member = torch.tensor([0, 1]), torch.tensor([0, 0])
+    found = compared_groups(plan, torch.tensor([4, 4]), sample_number(group, member))
+    assert torch.unique(found, return_counts=True)[1].tolist() == [2] * 4
 
 
 def test_a_group_that_filtering_cut_to_one_member_gives_it_no_advantage():
