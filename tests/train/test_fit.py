@@ -480,3 +480,8 @@ def test_a_tracker_that_is_not_there_is_refused_and_not_left_out(write_config, m
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else honest(name, *rest))
     with pytest.raises(ValueError, match=r"wandb is not installed; pip install 'flowalign-diffusion\[wandb\]'"):
         train(write_config(), "--train.trackers", "[wandb]")
+
+
+def test_a_key_that_could_be_two_is_refused_before_it_is_lost():
+    with pytest.raises(ValueError, match="the key 'critic/error' holds '/'"):
+        checkpoint.flatten({"evidence": {"critic/error": 1.0}})
