@@ -1,6 +1,9 @@
 """Every algorithm through the whole loop: it trains, and evaluates the network as often as its plan and levels say."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +14,8 @@ from flowalign.core.algorithm import Update
 from flowalign.plugins import available
 from flowalign.run import build_trainer
 from flowalign.run_config import load_config
+from flowalign.train.journal import read_log
+from tests.pipelines import families
 
 SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 8, "learning_rate": 1e-2}
 # Options, and the evaluations of the network for an initial noise at 4 steps: rollout, training with gradient, and for each other role.
@@ -204,3 +209,38 @@ def test_a_critic_learns_from_features_of_image_level_and_prompt(write_config):
     for parameter in built.parameters:
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     assert torch.equal(features(x, torch.tensor(0.5), cond), both)  # of the base, whatever was trained
+
+
+def test_two_processes_train_a_critic_and_a_policy_like_one(write_config):
+    logs = []
+    for name, processes in (("one", 1), ("two", 2)):
+        path = write_config(name, steps=3, train=SMALL, advantage="grpo", algorithm={**AC_FLOW, "least_steps": 2, "least_explained": -9.0})
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        logs.append(read_log(load_config(str(path)).output / "log.jsonl"))
+    for one, two in zip(*logs, strict=True):
+        assert one["evaluations"] == two["evaluations"]
+        assert one["metrics"].keys() == two["metrics"].keys()
+        for key in ("critic/error", "critic/target", "critic/square", "critic/grad_norm", "held_back"):
+            assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-2, abs=1e-4), key
+    assert ["loss" in line["metrics"] for line in logs[1]] == [False, False, True]
+    assert logs[1][2]["metrics"]["loss"] == pytest.approx(logs[0][2]["metrics"]["loss"], abs=1e-3)
+    assert logs[1][2]["grad_norm"] == pytest.approx(logs[0][2]["grad_norm"], rel=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ddpo_trains_a_variance_preserving_pipeline(write_config):
+    config = load_config(
+        str(write_config(train=SMALL, advantage="grpo", algorithm={"type": "ddpo"}, rewards=[{"reward": "tests.train.brightness"}]))
+    )
+    flow = families.build("sd 1.5 guided")
+    built = build_trainer(config, Accelerator(), pipeline=flow)
+    before = weights(built)
+    line = built.step(0)
+    # All steps but the last, whose noise is 0; two calls of the denoiser for each evaluation.
+    assert line["evaluations"] == {"rollout": 4 * 5, "train": 4 * 4, "total": 36, "rows_per_evaluation": 2}
+    assert line["metrics"]["ratio_gap_first"] < 1e-6
+    assert line["grad_norm"] > 0
+    assert not torch.equal(weights(built), before)
