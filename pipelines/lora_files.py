@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowalign.core.plans import ode
-from flowalign.pipelines.loading import quiet
+from flowalign.pipelines.loading import quiet, shapes_folder
 from flowalign.pipelines.roles import CURRENT
 from flowalign.pipelines.watch import own_images
 
@@ -214,6 +214,12 @@ def _path(folder: Path) -> Path:
     return path
 
 
+def _name_of(path: str) -> str:
+    """Return the name by which a configuration calls a model that was loaded from a folder or the hub."""
+    shipped = path and Path(path).is_dir() and Path(path).resolve() == shapes_folder().resolve()
+    return "shapes" if shipped else path.rstrip("/").rpartition("/")[2]
+
+
 def load(pipeline: FlowPipeline, folder: Path) -> None:
     """Load a LoRA file into ``current``; see ``FlowPipeline.load_lora``.
 
@@ -233,7 +239,7 @@ def load(pipeline: FlowPipeline, folder: Path) -> None:
     if rank != lora.rank or alpha != lora.alpha:
         raise ValueError(f"{path}: has rank {rank} and alpha {alpha:g}, the pipeline was built with {lora.rank} and {lora.alpha:g}")
     base = notes_of(path).get("base_model")
-    here = str(pipeline.pipe.config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    here = _name_of(str(pipeline.pipe.config.get("_name_or_path") or ""))
     if base and here and base.rpartition("/")[2] != here:
         warnings.warn(
             f"{path}: was trained on {base}, and is loaded into {here}; if that is another model, train on it or load {base}", stacklevel=3

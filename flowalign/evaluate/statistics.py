@@ -119,6 +119,8 @@ def paired_difference(
 def verdict(difference: Difference, *, resolution: float) -> str:
     """Say in words what a paired difference shows, and how many images would show one of ``resolution``.
 
+    Something is shown where interval and test agree: few prompts make intervals that are too narrow, and the sign-flip test knows how few they are.
+
     The number scales the interval at hand with the square root of the number of prompts, at as many images a prompt.
 
     Raises:
@@ -129,11 +131,11 @@ def verdict(difference: Difference, *, resolution: float) -> str:
     found = difference.overall
     if found.low is None or found.high is None:
         return f"undecided: {found.mean:+.3f}, but a tag with one prompt allows no interval; evaluate more prompts"
-    if found.low > 0 or found.high < 0:
-        word = "better" if found.low > 0 else "worse"
-        said = f"{word}: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], sign-flip p = {difference.p_value:.4f}"
-    else:
-        said = f"undecided: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] covers 0, sign-flip p = {difference.p_value:.4f}"
+    apart = found.low > 0 or found.high < 0
+    word = "undecided" if not apart or difference.p_value >= 0.05 else "better" if found.low > 0 else "worse"
+    said = f"{word}: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{'' if apart else ' covers 0'}, sign-flip p = {difference.p_value:.4f}"
+    if apart and word == "undecided":
+        said += " (too few prompts)"
     num = sum(difference.num_images.values())
     half = (found.high - found.low) / 2
     wanted = max(math.ceil(num * (half / resolution) ** 2), 1)

@@ -114,6 +114,10 @@ def test_the_verdict_says_what_is_shown_and_how_many_images_more_would_need():
     assert verdict(paired_difference(noise[0] + 0.3 + 0.1 * noise[1], noise[0], ids, tags), resolution=0.02).startswith("worse: -0.3")
     same = paired_difference(noise[0], noise[1], ids, tags)
     half = (same.overall.high - same.overall.low) / 2
+    few = paired_difference([0.0, 0.1], [0.5, 0.7], [0, 1], ["a", "a"])
+    assert few.overall.low > 0
+    assert verdict(few, resolution=0.02).startswith("undecided: +0.550")
+    assert "(too few prompts)" in verdict(few, resolution=0.02)
     said = verdict(same, resolution=half / 2)
     assert said.startswith("undecided")
     assert "needs about 800 " in said or "needs about 801 " in said

@@ -5,6 +5,7 @@ import torch
 
 from flowalign.core.plans import ode
 from flowalign.pipelines import lora_files, parity
+from flowalign.pipelines.loading import shapes_folder
 from flowalign.pipelines.roles import LoRA
 from flowalign.pipelines.watch import own_images
 from tests.pipelines.families import build, pipeline
@@ -75,3 +76,11 @@ def test_a_lora_of_another_base_is_named(tmp_path):
     wider = build("sd 1.5 guided", lora=LoRA(rank=4, alpha=8, targets=("to_q",)))
     with pytest.raises(ValueError, match="not a LoRA of these layers"):
         wider.load_lora(tmp_path / "weights")
+
+
+def test_the_shipped_pipeline_has_the_name_that_configurations_give_it(tmp_path):
+    assert lora_files._name_of(str(shapes_folder())) == "shapes"
+    assert lora_files._name_of("owner/model/") == "model"
+    (tmp_path / "mine").mkdir()
+    assert lora_files._name_of(str(tmp_path / "mine")) == "mine"
+    assert lora_files._name_of("") == ""
