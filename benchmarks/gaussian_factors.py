@@ -83,6 +83,10 @@ METHODS = {
     "matching, 6 levels": Method(factor="three times the levels", make=matching(num_levels=6)),
     "matching, groups of 6": Method(factor="groups a quarter as large", make=matching(), groups=16, members=6),
     "matching, ghuber": Method(factor="AWM's released weighting", make=matching(weighting="ghuber")),
+    "matching, own levels": Method(
+        factor="levels drawn for each image (diffusion_nft's first step without its weighting)",
+        make=diffusion_nft.Config(num_levels=2, weighting="uniform", reference_penalty=0.0, advantage_clip=50.0).build,
+    ),
     "diffusion_nft": Method(
         factor="two branches around the old policy",
         make=diffusion_nft.Config(num_levels=2, reference_penalty=0.0, advantage_clip=50.0).build,
