@@ -18,7 +18,7 @@ from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.kernels import FlowSDE
 from flowalign.core.links import linear as linear_link
 from flowalign.core.links import ppo_clip
-from flowalign.core.matching import image_advantage, matching_rows
+from flowalign.core.matching import image_advantage, matching_rows, uniform_rows
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import Plan, chain, ode
@@ -40,6 +40,8 @@ class Config:
         weighting: Weight of the matching error: "ghuber" (released code, p = 0.25), "uniform" (paper), "sigma", "sigma_squared" or "huber".
         num_levels: Noise levels that every image is trained at in an update, one from each stratum.
         levels: "discrete" takes levels of the rollout's grid, never pure noise (released code); "uniform" draws from [lowest_level, 1].
+        own_levels: Draw levels for each image, not one set for all images of an update (released code): a gradient that is averaged over levels has less
+            noise.
         level_fraction: With "discrete": the share of the grid, from the noisy end, that levels are taken from.
         lowest_level: With "uniform": the lowest level before the shift.
         level_shift: With "uniform": shift of the levels that are drawn; 1 for none.
@@ -59,6 +61,7 @@ class Config:
     weighting: Literal["uniform", "sigma", "sigma_squared", "huber", "ghuber"] = "ghuber"
     num_levels: int = 6
     levels: Literal["discrete", "uniform"] = "discrete"
+    own_levels: bool = False
     level_fraction: float = 0.9
     lowest_level: float = 0.2
     level_shift: float = 1.0
@@ -171,9 +174,8 @@ class AWM:
             return ode(num_steps)
         return chain(FlowSDE(self.config.noise_level), num_steps).without_training()
 
-    def _levels(self, sigmas: Tensor, update: Update) -> Tensor:
-        config, key = self.config, update.key(self.num_updates)
-        draws = [uniform(seed=update.seed, purpose="awm level", step=key, stratum=i) for i in range(config.num_levels)]
+    def _levels(self, sigmas: Tensor, draws: list[float]) -> Tensor:
+        config = self.config
         if config.levels == "discrete":
             return discrete_levels(sigmas, config.num_levels, config.level_fraction, draws)
         strata = torch.tensor([(i + draw) / config.num_levels for i, draw in enumerate(draws)])
@@ -184,7 +186,12 @@ class AWM:
         config, key = self.config, update.key(self.num_updates)
         chosen = share_of(experience, update, config.num_minibatches)
         advantage = image_advantage(experience, chosen, "awm", clip=config.advantage_clip) / config.advantage_clip * config.advantage_max
-        levels = self._levels(experience.trajectory.sigmas, update)
+        if config.own_levels:
+            table = uniform_rows(config.num_levels, experience, update, chosen, key=key, purpose="awm levels")
+            levels = torch.stack([self._levels(experience.trajectory.sigmas, row) for row in table.tolist()])
+        else:
+            draws = [uniform(seed=update.seed, purpose="awm level", step=key, stratum=i) for i in range(config.num_levels)]
+            levels = self._levels(experience.trajectory.sigmas, draws)
         return matching_rows(experience, update, levels, advantage, chosen=chosen, key=key, purpose="awm")
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:

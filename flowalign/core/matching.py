@@ -64,6 +64,14 @@ def image_advantage(experience: Experience, chosen: Tensor, name: str, *, clip: 
     return experience.advantage[chosen].mean(1).clamp(-clip, clip) * experience.weight[chosen].mean(1)
 
 
+def uniform_rows(num: int, experience: Experience, update: Update, chosen: Tensor, *, key: int, purpose: str) -> Tensor:
+    """Draw ``num`` numbers in [0, 1) for each image, keyed by prompt and sample, ``[images, num]`` float64."""
+    samples = sample_number(experience.group[chosen], experience.sample[chosen])
+    draws = normal((num,), seed=update.seed, purpose=purpose, step=key, prompts=experience.prompt[chosen], samples=samples)
+    below = torch.special.ndtr(draws.double())  # the normal law's own distribution function makes it uniform
+    return below.clamp(max=1 - torch.finfo(torch.float64).eps)
+
+
 def permuted_levels(experience: Experience, update: Update, chosen: Tensor, num_levels: int, *, key: int, purpose: str) -> Tensor:
     """Draw for each image ``num_levels`` different levels of the rollout's grid, ``[images, num_levels]``.
 

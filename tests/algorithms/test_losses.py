@@ -120,6 +120,22 @@ def test_awm_clips_the_ratio_to_the_slow_copy_at_each_level_or_over_all(ratio):
     assert len({round(value, 5) for value in log_ratio.tolist()}) == (6 if ratio == "sum_first" else 18)
 
 
+def test_own_levels_differ_from_image_to_image_and_fill_every_stratum():
+    built = awm_config(levels="uniform", num_levels=4, lowest_level=0.2, own_levels=True)
+    made = experience(images())
+    rows = built.rows(made, Update(seed=0, step=0, index=0))
+    levels = rows["sigma"].view(6, 4)
+    strata = ((levels - 0.2) / 0.8 * 4).floor()
+    assert torch.equal(strata, torch.arange(4.0).expand(6, 4).to(strata))
+    assert len(torch.unique(levels)) == 24
+    again = built.rows(made, Update(seed=0, step=0, index=0))
+    assert torch.equal(rows["sigma"], again["sigma"])
+    assert not torch.equal(rows["sigma"], built.rows(made, Update(seed=0, step=1, index=0))["sigma"])
+    shared = awm_config(levels="uniform", num_levels=4, lowest_level=0.2).rows(made, Update(seed=0, step=0, index=0))
+    assert len(torch.unique(shared["sigma"])) == 4
+    assert torch.equal(shared["noise"], rows["noise"])
+
+
 # -- Flow-GRPO ------------------------------------------------------------------------------------------------------------------
 
 
