@@ -18,6 +18,18 @@ from flowalign.pipelines.roles import LoRA
 
 Arguments = Mapping[str, Any]
 
+JOINT_ATTENTION = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+"""LoRA targets of transformers with a stream of text beside that of the image: the attention of both."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

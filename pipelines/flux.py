@@ -7,23 +7,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from flowalign.pipelines.family import Family, ModelConfig
+from flowalign.pipelines.family import JOINT_ATTENTION, Family, ModelConfig
 
 # The default of diffusers' own training script: attention and feed-forward of the double blocks, attention of the single ones.
-TARGETS = (
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "attn.to_k",
-    "attn.to_out.0",
-    "attn.to_q",
-    "attn.to_v",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
+TARGETS = (*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,7 @@ from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch.nn.functional import pad
 
 from flowalign.pipelines.combine import SameNorm
-from flowalign.pipelines.family import Family, ModelConfig
-
-# Attention of both streams, as in FLUX.
-TARGETS = (
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "attn.to_k",
-    "attn.to_out.0",
-    "attn.to_q",
-    "attn.to_v",
-)
+from flowalign.pipelines.family import JOINT_ATTENTION, Family, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +44,7 @@ class Config(ModelConfig):
                 "true_cfg_scale": self.guidance_scale,
                 "max_sequence_length": self.max_sequence_length,
             },
-            targets=TARGETS,
+            targets=JOINT_ATTENTION,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt if self.guidance_scale > 1 else None,
             afters=(SameNorm(),),

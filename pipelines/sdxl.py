@@ -7,26 +7,18 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-from flowalign.pipelines.combine import Rescale
-from flowalign.pipelines.family import Family, ModelConfig
-
-# The default of diffusers' training script for UNets: every self- and cross-attention.
-TARGETS = ("to_k", "to_out.0", "to_q", "to_v")
+from flowalign.pipelines import stable_diffusion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    """A ``StableDiffusionXLPipeline``; whatever its scheduler, it is sampled by DDIM on the same training schedule.
+class Config(stable_diffusion.Config):
+    """A ``StableDiffusionXLPipeline``, with the settings of `stable_diffusion`; what is more here can be read off.
 
     Attributes:
-        guidance_scale: Classifier-free guidance in rollout and training; 1 for none.
-        guidance_rescale: Share by which guided predictions get the spread of conditional ones back.
+        model: Folder, or hub id.
     """
 
     model: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    num_steps: int = 20
-    guidance_scale: float = 5.0
-    guidance_rescale: float = 0.0
 
     def kind(self) -> type[DiffusionPipeline]:
         """Return the pipeline's class."""
@@ -35,19 +27,3 @@ class Config(ModelConfig):
     def without(self) -> dict[str, Any]:
         """Leave out the parts of image prompts, and the watermark, which changes pixels."""
         return {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
-
-    def family(self, pipe: Any) -> Family:
-        """Say what cannot be read off."""
-        height, width = self.size(pipe, unit=8, default=pipe.default_sample_size * pipe.vae_scale_factor)
-        return Family(
-            denoiser="unet",
-            arguments={
-                "height": height,
-                "width": width,
-                "guidance_scale": self.guidance_scale,
-                "guidance_rescale": self.guidance_rescale,
-            },
-            targets=TARGETS,
-            guidance_scale=self.guidance_scale,
-            afters=(Rescale(self.guidance_rescale),),
-        )

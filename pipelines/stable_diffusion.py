@@ -38,8 +38,7 @@ class Config(ModelConfig):
 
     def family(self, pipe: Any) -> Family:
         """Say what cannot be read off."""
-        factor = pipe.vae_scale_factor
-        height, width = self.size(pipe, unit=8, default=pipe.unet.config.sample_size * factor)
+        height, width = self.size(pipe, unit=8, default=pipe.unet.config.sample_size * pipe.vae_scale_factor)
         return Family(
             denoiser="unet",
             arguments={

@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 
-from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, WINDOW, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, WINDOW, Experience, Loss, OnePolicy, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant
 from flowalign.core.heads import Evidence, Head
 from flowalign.core.matching import image_advantage, matching_rows, permuted_levels
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
-from flowalign.core.plans import Plan, ode
 from flowalign.core.surrogates import WEIGHTINGS, matching_score
 
 CRITIC = "critic"
@@ -90,7 +89,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class ACFlow:
+class ACFlow(OnePolicy):
     """See ``Config``."""
 
     config: Config
@@ -106,23 +105,9 @@ class ACFlow:
         return {CRITIC: self.config.critic}
 
     @property
-    def behaviour(self) -> str:
-        """Sample with the current role."""
-        return CURRENT
-
-    @property
-    def num_updates(self) -> int:
-        """Passes times minibatches."""
-        return self.config.num_epochs * self.config.num_minibatches
-
-    @property
     def roles(self) -> Mapping[str, Decay]:
         """The reference: the penalty's, and the critic's eyes."""
         return {REFERENCE: constant(1.0)}
-
-    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
-        """Sample by the ODE."""
-        return ode(num_steps)
 
     def is_ready(self, evidence: Mapping[str, Evidence], held_back: int) -> bool:
         """Let the policy begin once the critic has explained enough of what it had not seen.

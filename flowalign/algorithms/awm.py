@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import REFERENCE, Experience, Loss, OnePolicy, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.kernels import FlowSDE
 from flowalign.core.links import linear as linear_link
@@ -132,7 +132,7 @@ def discrete_levels(sigmas: Tensor, num_levels: int, fraction: float, draws: lis
 
 
 @dataclass(frozen=True)
-class AWM:
+class AWM(OnePolicy):
     """See ``Config``.
 
     References:
@@ -142,21 +142,6 @@ class AWM:
     """
 
     config: Config
-
-    @property
-    def players(self) -> tuple[str, ...]:
-        """Train the current role alone."""
-        return (CURRENT,)
-
-    @property
-    def behaviour(self) -> str:
-        """Sample with the current role."""
-        return CURRENT
-
-    @property
-    def num_updates(self) -> int:
-        """Passes times minibatches."""
-        return self.config.num_epochs * self.config.num_minibatches
 
     @property
     def roles(self) -> Mapping[str, Decay]:

@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, sample_number, share_of
+from flowalign.core.algorithm import REFERENCE, Experience, Loss, OnePolicy, Rows, Update, Velocity, sample_number, share_of
 from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.matching import image_advantage
 from flowalign.core.matching_links import group_sigmoid, matching_mask
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
-from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal
 from flowalign.core.surrogates import WEIGHTINGS, matching_score
 
@@ -67,25 +66,10 @@ class Config:
 
 
 @dataclass(frozen=True)
-class DGPO:
+class DGPO(OnePolicy):
     """See ``Config``."""
 
     config: Config
-
-    @property
-    def players(self) -> tuple[str, ...]:
-        """Train the current role alone."""
-        return (CURRENT,)
-
-    @property
-    def behaviour(self) -> str:
-        """Sample with the current role."""
-        return CURRENT
-
-    @property
-    def num_updates(self) -> int:
-        """Passes times minibatches."""
-        return self.config.num_epochs * self.config.num_minibatches
 
     @property
     def roles(self) -> Mapping[str, Decay]:
@@ -97,10 +81,6 @@ class DGPO:
         if config.against == "ema":
             roles[SLOW] = linear(config.slow_rate, config.slow_max)
         return roles | ({OLD: constant(0.0)} if self.num_updates > 1 else {})
-
-    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
-        """Sample by the ODE."""
-        return ode(num_steps)
 
     def rows(self, experience: Experience, update: Update) -> Rows:
         """Lay out each group at its own levels, the images of a group at a level together; they share level and noise."""

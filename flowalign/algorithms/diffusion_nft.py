@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import REFERENCE, Experience, Loss, OnePolicy, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant, linear
 from flowalign.core.matching import image_advantage, matching_rows, permuted_levels
 from flowalign.core.matching_links import negative_aware
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
-from flowalign.core.plans import Plan, ode
 
 OLD = "old"
 
@@ -64,15 +63,10 @@ class Config:
 
 
 @dataclass(frozen=True)
-class DiffusionNFT:
+class DiffusionNFT(OnePolicy):
     """See ``Config``."""
 
     config: Config
-
-    @property
-    def players(self) -> tuple[str, ...]:
-        """Train the current role alone."""
-        return (CURRENT,)
 
     @property
     def behaviour(self) -> str:
@@ -80,20 +74,11 @@ class DiffusionNFT:
         return OLD
 
     @property
-    def num_updates(self) -> int:
-        """Passes times minibatches."""
-        return self.config.num_epochs * self.config.num_minibatches
-
-    @property
     def roles(self) -> Mapping[str, Decay]:
         """The old policy, and the reference where its penalty is not 0."""
         config = self.config
         old: dict[str, Decay] = {OLD: linear(config.old_rate, config.old_max, start=config.old_start)}
         return old | ({REFERENCE: constant(1.0)} if config.reference_penalty > 0 else {})
-
-    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
-        """Sample by the ODE."""
-        return ode(num_steps)
 
     def rows(self, experience: Experience, update: Update) -> Rows:
         """Lay out each image of the share at its own levels."""

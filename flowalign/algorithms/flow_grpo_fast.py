@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowalign.core.plans import Plan, window
-from flowalign.core.policy import KernelName, PolicyConfig, PolicyGradient
+from flowalign.core.policy import KernelName, PolicyConfig, PolicyGradient, windowed
 from flowalign.core.randomness import uniform
 from flowalign.core.ratio_links import PPOClip
 
@@ -56,10 +55,4 @@ class Config(PolicyConfig):
 
     def build(self) -> PolicyGradient:
         """Make the algorithm."""
-        kernel = self.built_kernel()
-
-        def plan(step: int, num_steps: int, seed: int) -> Plan:
-            start = self.place(step, num_steps, seed)
-            return window(kernel, num_steps, start=start, size=self.window, num_children=self.num_children)
-
-        return PolicyGradient(config=self, kernel=kernel, plan_of=plan, link=PPOClip(clip=self.clip))
+        return windowed(self, self.place, size=self.window, num_children=self.num_children, link=PPOClip(clip=self.clip))

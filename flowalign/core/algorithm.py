@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.core.decays import Decay
 from flowalign.core.heads import Evidence, Head
-from flowalign.core.plans import Plan
+from flowalign.core.plans import Plan, ode
 from flowalign.core.rollout import Trajectory
 
 CURRENT = "current"
@@ -206,3 +206,42 @@ def share_of(experience: Experience, update: Update, num_shares: int) -> Tensor:
         Row indices, int64, ascending.
     """
     return (experience.group % num_shares == update.index % num_shares).nonzero().squeeze(1)
+
+
+class Passes(Protocol):
+    """How often a rollout is passed over, and in how many updates each time."""
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over a rollout."""
+        ...
+
+    @property
+    def num_minibatches(self) -> int:
+        """Updates of a pass, each on its own groups."""
+        ...
+
+
+class OnePolicy:
+    """What algorithms share that sample with the current role by the ODE and train it alone, in passes over minibatches; each overrides what differs."""
+
+    config: Passes
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Train the current role alone."""
+        return (CURRENT,)
+
+    @property
+    def behaviour(self) -> str:
+        """Sample with the current role."""
+        return CURRENT
+
+    @property
+    def num_updates(self) -> int:
+        """Passes times minibatches."""
+        return self.config.num_epochs * self.config.num_minibatches
+
+    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
+        """Sample by the ODE; nothing of the path is trained."""
+        return ode(num_steps)

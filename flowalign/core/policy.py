@@ -13,12 +13,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from flowalign.core.algorithm import CURRENT, REFERENCE, Experience, Loss, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import REFERENCE, Experience, Loss, OnePolicy, Rows, Update, Velocity, share_of
 from flowalign.core.decays import Decay, constant
 from flowalign.core.gaussians import gaussian_kl, gaussian_log_prob, reduce_event
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel
 from flowalign.core.penalties import scaled_kernel_kl
-from flowalign.core.plans import Plan
+from flowalign.core.plans import Plan, window
 from flowalign.core.ratio_links import RatioLink, RatioRows
 from flowalign.core.step_weights import StepWeight, uniform
 
@@ -69,7 +69,7 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient:
+class PolicyGradient(OnePolicy):
     """A policy gradient over the stochastic transitions of the sampler.
 
     Attributes:
@@ -85,21 +85,6 @@ class PolicyGradient:
     plan_of: PlanOf
     link: RatioLink
     step_weight: StepWeight = uniform
-
-    @property
-    def players(self) -> tuple[str, ...]:
-        """Train the current role alone."""
-        return (CURRENT,)
-
-    @property
-    def behaviour(self) -> str:
-        """Sample with the current role."""
-        return CURRENT
-
-    @property
-    def num_updates(self) -> int:
-        """Passes times minibatches."""
-        return self.config.num_epochs * self.config.num_minibatches
 
     @property
     def roles(self) -> Mapping[str, Decay]:
@@ -175,6 +160,26 @@ class PolicyGradient:
         if self.config.kl_unit == "scaled":
             return scaled_kernel_kl(mean, reference, rows["std"], rows["sigma"], rows["sigma_next"], reduction="mean")
         return gaussian_kl(mean, reference, rows["std"], reduction="mean")
+
+
+def windowed(
+    config: PolicyConfig, place: Callable[[int, int, int], int], *, size: int, num_children: int, link: RatioLink
+) -> PolicyGradient:
+    """Make a policy gradient in a window of steps, with the ODE outside.
+
+    Args:
+        config: Sizes and coefficients.
+        place: From training step, number of steps and the run's seed to where the window begins.
+        size: Steps in the window.
+        num_children: Samples of an initial noise, which part where the window begins.
+        link: From ratio and advantage to the loss of a row.
+    """
+    kernel = config.built_kernel()
+
+    def plan(step: int, num_steps: int, seed: int) -> Plan:
+        return window(kernel, num_steps, start=place(step, num_steps, seed), size=size, num_children=num_children)
+
+    return PolicyGradient(config=config, kernel=kernel, plan_of=plan, link=link)
 
 
 def _first_rows(column: Tensor, num: int) -> Tensor:

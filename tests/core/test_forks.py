@@ -10,6 +10,7 @@ from flowalign.core.plans import Plan, PlanStep, chain, ode, window
 from flowalign.core.rollout import replay, rollout
 from flowalign.core.schedules import flow_sigmas, linear_sigmas
 from flowalign.core.worlds import GaussianWorld
+from tests.algorithms.chains import slopes
 
 WORLD = GaussianWorld(0.0, 1.0)
 SIGMAS = flow_sigmas(10, dtype=torch.float64)
@@ -99,20 +100,6 @@ def test_a_window_trains_its_steps_and_follows_the_ode_elsewhere():
     assert done.transitions.step.unique().tolist() == [4, 5]
     before = rollout(WORLD.velocity, draw(0, 3, 1), SIGMAS[:5], ode(4), lambda i: draw(i, 3, 1))
     assert torch.equal(done.transitions.x[:3], before.x0)
-
-
-def slopes(kernel, following):
-    """Exact response of E[x0] to an additive parameter of the velocity at each step, and to that step's noise."""
-    one = torch.ones(1, dtype=torch.float64)
-    grid = list(zip(SIGMAS[:-1].tolist(), SIGMAS[1:].tolist(), strict=True))
-    factors = [following(one, WORLD.velocity(one, now), now, then).mean.item() for now, then in grid]
-    to_velocity, to_noise = [], []
-    for k, (now, then) in enumerate(grid):
-        step, moved = kernel(one, 0 * one, now, then), kernel(one, one, now, then)
-        later = math.prod(factors[k + 1 :])
-        to_velocity.append((moved.mean - step.mean).item() * later)
-        to_noise.append(step.std.item() * later)
-    return to_velocity, to_noise
 
 
 def test_exact_slopes_of_the_chain_are_those_of_the_oracle():

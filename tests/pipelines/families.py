@@ -244,8 +244,7 @@ def settings(case, **options):
 def build(case, *, pipe=None, **options):
     """A case behind the protocol."""
     config, pipe = settings(case, **options), pipe or pipeline(case)
-    family = config._family(pipe) if CASES[case][1] is sd3_family else config.family(pipe)
-    return FlowPipeline(pipe, family, config.lora, num_steps=config.num_steps)
+    return FlowPipeline(pipe, config.family(pipe), config.lora, num_steps=config.num_steps)
 
 
 # Pipelines that no file names: for `auto`.

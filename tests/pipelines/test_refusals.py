@@ -28,7 +28,7 @@ def wrapped(guidance=1.0, kind=StableDiffusion3Pipeline, **scheduler):
     """A tiny pipeline of a wrapper's class."""
     pipe = tiny_pipeline(kind=kind, **scheduler)
     config = Config(num_steps=STEPS, guidance_scale=guidance, max_sequence_length=12, lora=None)
-    return FlowPipeline(pipe, config._family(pipe), None, num_steps=STEPS)
+    return FlowPipeline(pipe, config.family(pipe), None, num_steps=STEPS)
 
 
 def scheduler_input(change):

@@ -1,9 +1,6 @@
 """Every algorithm through the whole loop: it trains, and evaluates the network as often as its plan and levels say."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +13,7 @@ from flowalign.run import build_trainer
 from flowalign.run_config import load_config
 from flowalign.train.journal import read_log
 from tests.pipelines import families
+from tests.train.launch import on_one_and_two_processes
 
 SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 8, "learning_rate": 1e-2}
 # Options, and the evaluations of the network for an initial noise at 4 steps: rollout, training with gradient, and for each other role.
@@ -212,14 +210,9 @@ def test_a_critic_learns_from_features_of_image_level_and_prompt(write_config):
 
 
 def test_two_processes_train_a_critic_and_a_policy_like_one(write_config):
-    logs = []
-    for name, processes in (("one", 1), ("two", 2)):
-        path = write_config(name, steps=3, train=SMALL, advantage="grpo", algorithm={**AC_FLOW, "least_steps": 2, "least_explained": -9.0})
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        logs.append(read_log(load_config(str(path)).output / "log.jsonl"))
+    algorithm = {**AC_FLOW, "least_steps": 2, "least_explained": -9.0}
+    folders = on_one_and_two_processes(write_config, steps=3, train=SMALL, advantage="grpo", algorithm=algorithm)
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
     for one, two in zip(*logs, strict=True):
         assert one["evaluations"] == two["evaluations"]
         assert one["metrics"].keys() == two["metrics"].keys()

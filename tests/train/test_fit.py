@@ -18,6 +18,7 @@ from flowalign.core.algorithm import Update
 from flowalign.run_config import load_config
 from flowalign.train import checkpoint
 from flowalign.train.journal import read_log
+from tests.train.launch import on_one_and_two_processes
 
 FLOW_GRPO = {"type": "flow_grpo", "kl_penalty": 0.01, "num_minibatches": 1}
 
@@ -235,18 +236,11 @@ def test_a_run_that_is_killed_and_interrupted_resumes_to_the_same_bits(write_con
 
 
 def test_two_processes_train_like_one(write_config):
-    logs, weights = [], []
-    for name, processes in (("one", 1), ("two", 2)):
-        # One update a step: the first step's loss and gradient are those of the same weights.
-        awm = {"type": "awm", "levels": "uniform", "num_levels": 2, "num_minibatches": 1, "reference_penalty": 0.1}
-        path = write_config(name, steps=2, algorithm=awm)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        folder = load_config(str(path)).output
-        logs.append(read_log(folder / "log.jsonl"))
-        weights.append(load_file(folder / "weights" / "pytorch_lora_weights.safetensors"))
+    # One update a step: the first step's loss and gradient are those of the same weights.
+    awm = {"type": "awm", "levels": "uniform", "num_levels": 2, "num_minibatches": 1, "reference_penalty": 0.1}
+    folders = on_one_and_two_processes(write_config, steps=2, algorithm=awm)
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    weights = [load_file(folder / "weights" / "pytorch_lora_weights.safetensors") for folder in folders]
     for (one, two), error in zip(zip(*logs, strict=True), (1e-6, 1e-3), strict=True):
         assert one["images"] == two["images"] == 8
         assert two["reward"] == pytest.approx(one["reward"], abs=error)

@@ -1,9 +1,6 @@
 """Groups, trained steps, shared states and trees that follow from a plan, against the rollout's own table and by hand."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from flowalign.run_config import load_config
 from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
 from flowalign.train.journal import read_log
 from tests.core.test_plan_shapes import PLANS, draw, run
+from tests.train.launch import on_one_and_two_processes
 
 SDE = FlowSDE(0.7)
 TEMPFLOW = {"type": "tempflow_grpo", "num_children": 3, "num_minibatches": 1}
@@ -198,15 +196,8 @@ def test_one_noise_of_a_prompt_is_enough_where_children_are_compared(write_confi
 
 
 def test_two_processes_grow_the_same_trees_as_one(write_config):
-    logs = []
-    for name, processes in (("one", 1), ("two", 2)):
-        path = write_config(name, steps=1, algorithm=TEMPFLOW, advantage="tree_rpo", train=SMALL)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "flowalign", "train", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        logs.append(read_log(load_config(str(path)).output / "log.jsonl")[0])
-    one, two = logs
+    folders = on_one_and_two_processes(write_config, steps=1, algorithm=TEMPFLOW, advantage="tree_rpo", train=SMALL)
+    one, two = (read_log(folder / "log.jsonl")[0] for folder in folders)
     assert one["images"] == two["images"] == 36
     assert one["evaluations"] == two["evaluations"]
     assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
