@@ -19,6 +19,7 @@ from tqdm import tqdm
 from flowalign import config as configuration
 from flowalign import data, estimators, images
 from flowalign.config import ConfigError
+from flowalign.core.distillation import Settings
 from flowalign.evaluate import monitors
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
@@ -39,7 +40,8 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True)
     ]
     _check_prompts(rewards, prompts)
-    estimator = _estimator(config.advantage, [entry.weight for entry in config.rewards])
+    distils = isinstance(config.algorithm, Settings)
+    estimator = None if distils else _estimator(config.advantage, [entry.weight for entry in config.rewards])
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
     if minibatches > config.train.groups:
         raise ConfigError(
@@ -54,6 +56,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         )
     return Trainer(
         pipeline=built,
+        teacher=_teacher(config, built) if distils else None,
         algorithm=config.algorithm.build(),
         estimator=estimator,
         rewards=rewards,
@@ -64,6 +67,19 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         folder=config.output,
         accelerator=accelerator,
     )
+
+
+def _teacher(config: RunConfig, student: FlowPipeline) -> FlowPipeline | None:
+    """Return the pipeline with the teacher's guidance; None where it has none of its own."""
+    if student.family.guidance_scale > 1:
+        raise ConfigError(
+            f"pipeline.guidance_scale: got {student.family.guidance_scale}, but a student of few steps is not guided; set it to no guidance, and "
+            "algorithm.guidance_scale to the teacher's"
+        )
+    scale = config.algorithm.guidance_scale
+    if scale == 1:
+        return None
+    return student.guided(config.pipeline.guided(scale).family(student.pipe))
 
 
 def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt]) -> None:

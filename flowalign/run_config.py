@@ -101,7 +101,7 @@ class RunConfig:
         output: Run folder.
         pipeline: Model and how it samples.
         prompts: Training prompts.
-        rewards: What images are scored by.
+        rewards: What images are scored by; in a distillation they only measure.
         metrics: Side measurements for estimators that read them, in the order of their columns: rewards that are not trained on, or "novelty",
             each image's mean distance to the others of its group (root mean square over 8 x 8 pixels).
         advantage: Recipe of the estimator core: a name, a mapping with "type", or a list of stages.
@@ -114,7 +114,7 @@ class RunConfig:
     output: Path = Path("runs/run")
     pipeline: Annotated[Any, Plugin("pipelines")]
     prompts: PromptsConfig = PromptsConfig()
-    rewards: tuple[RewardConfig, ...]
+    rewards: tuple[RewardConfig, ...] = ()
     metrics: tuple[RewardConfig | Literal["novelty"], ...] = ()
     advantage: Any = "flow_grpo"
     algorithm: Annotated[Any, Plugin("algorithms")]
@@ -124,7 +124,7 @@ class RunConfig:
         """Refuse a run that cannot begin."""
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, needed at least 1")
-        if not any(entry.weight > 0 for entry in self.rewards):
+        if getattr(self.algorithm, "needs_rewards", True) and not any(entry.weight > 0 for entry in self.rewards):
             raise ValueError("rewards: got none of positive weight, needed at least one")
 
 

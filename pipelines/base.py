@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ class FlowPipeline:
         family: Its family.
         denoiser: The bare denoiser.
         module: What is called where gradients flow; training puts the wrapped (DDP) denoiser here.
+        modules: The same for further trained roles that are networks of their own (all weights trained).
         roles: Versions of the denoiser.
         dtype: What the networks compute in.
         num_steps: Default number of steps.
@@ -50,6 +52,7 @@ class FlowPipeline:
             self.denoiser.float()
         self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
         self.module = self.denoiser
+        self.modules: dict[str, nn.Module] = {}
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
         self._event_shape = family.event_shape
         self._learnt: Learnt | None = None
@@ -235,7 +238,7 @@ class FlowPipeline:
             x: ``[batch, *event]`` float32.
             sigma: Noise level, ``[batch]`` or 0-dim.
             cond: Conditioning of ``batch`` samples.
-            role: Version of the network; only ``current`` carries gradient.
+            role: Version of the network; only ``current`` and other roles that are trained carry gradient.
 
         Returns:
             Velocity ``[batch, *event]`` float32, guidance included.
@@ -245,8 +248,9 @@ class FlowPipeline:
         """
         if x.shape != (len(cond), *self.event_shape):
             raise ValueError(f"x: got shape {tuple(x.shape)}, needed {(len(cond), *self.event_shape)}")
-        if role == CURRENT and torch.is_grad_enabled():
-            return self.replayed(self.module, x, sigma, cond)
+        if torch.is_grad_enabled() and self.roles.is_trained(role):
+            with self.roles.use(role):
+                return self.replayed(self.modules.get(role, self.module), x, sigma, cond)
         # Not the wrapped module: DDP would talk to other ranks in a pass without gradient.
         with self.roles.use(role) as network, torch.no_grad():
             return self.replayed(network, x, sigma, cond)
@@ -269,6 +273,23 @@ class FlowPipeline:
     def look(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = REFERENCE) -> tuple[Tensor, Tensor]:
         """Return the velocity and what the denoiser makes of latents on its way; see `flowalign.pipelines.features`."""
         return features.look(self, x, sigma, cond, role)
+
+    def tap(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, places: Sequence[float | str], *, whole: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Return what blocks of the reference make of latents, and if ``whole`` its velocity; see `flowalign.pipelines.features`."""
+        return features.tap(self, x, sigma, cond, places, whole=whole)
+
+    def spread(self, num_steps: int) -> float:
+        """Return what the pipeline's first noise is multiplied by to give the state at ``sigmas(num_steps)[0]``: 1 for flows."""
+        return float(self.learnt().replay.frame.state(torch.ones(1), self.sigmas(num_steps)[0]))
+
+    def guided(self, family: Family) -> FlowPipeline:
+        """Return the same pipeline and roles called with other settings, such as guidance; nothing is copied."""
+        view = copy.copy(self)
+        view.family, view._learnt = family, None
+        view._encoded, view._grids, view._known, view._covered = {}, {}, {}, {}
+        return view
 
     def _known_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self._known:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -103,6 +103,10 @@ class ModelConfig(ABC):
         Raises:
             ValueError: If this model cannot do what the settings say.
         """
+
+    def guided(self, scale: float) -> Self:
+        """Return the settings with classifier-free guidance, as a teacher has it."""
+        return replace(self, guidance_scale=scale)
 
     def without(self) -> dict[str, Any]:
         """Name parts that are left out when the pipeline is loaded, and options of its constructor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from flowalign.pipelines.conditioning import Conditioning
 from flowalign.pipelines.replay import CallRule
+from flowalign.pipelines.roles import REFERENCE
 
 if TYPE_CHECKING:
     from flowalign.pipelines.base import FlowPipeline
@@ -52,13 +54,121 @@ def middle_block(network: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it has no such list.
     """
+    blocks = longest_list(network)
+    return blocks[len(blocks) // 2]
+
+
+def longest_list(network: nn.Module) -> nn.ModuleList:
+    """Return the denoiser's longest list of blocks.
+
+    Raises:
+        ValueError: If it has none.
+    """
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList) and len(child)]
     if not lists:
         raise ValueError(
-            f"features: {type(network).__name__} has no list of blocks to read a critic's features from; use an algorithm without one"
+            f"features: {type(network).__name__} has no list of blocks to read a critic's features from; name modules, or use an algorithm without one"
         )
-    blocks = max(lists, key=len)
-    return blocks[len(blocks) // 2]
+    return max(lists, key=len)
+
+
+class _Enough(Exception):
+    """Leaves a pass after the last tap."""
+
+
+def tap(
+    flow: FlowPipeline, x: Tensor, sigma: Tensor, cond: Conditioning, places: Sequence[float | str], *, whole: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return what some blocks of the reference make of latents, token by token: what a discriminator reads.
+
+    Gradient flows to ``x`` where it asks for one. Without ``whole`` the pass ends after the last tap.
+
+    Args:
+        flow: The pipeline, without guidance.
+        x: ``[batch, *event]`` float32.
+        sigma: Noise level, ``[batch]`` or 0-dim.
+        cond: Conditioning of ``batch`` samples.
+        places: Shares of the depth in [0, 1), or names of modules.
+        whole: Whether the velocity is wanted too.
+
+    Returns:
+        Velocity ``[batch, *event]`` or None, and for each place ``[batch, tokens, channels]`` float32: the last tensor that the block returns,
+        which in transformers with two streams is the image's.
+
+    Raises:
+        ValueError: If a place does not exist or does not keep samples apart, or the pipeline is guided.
+    """
+    rules = flow.learnt().replay.calls
+    if len(rules) != 1 or rules[0].copies != 1:
+        raise ValueError(
+            "taps: the pipeline is guided, so that its blocks see every sample twice; set pipeline.guidance_scale to no guidance"
+        )
+    seen: dict[int, Tensor] = {}
+    velocity = None
+    with flow.roles.use(REFERENCE) as network, torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), _plain(network):
+        blocks = blocks_at(network, places)
+
+        def keep(number: int, output: Any) -> None:
+            parts = [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+            seen[number] = _tokens(parts[-1] if parts else None, places[number], len(x))
+            if not whole and len(seen) == len(blocks):
+                raise _Enough
+
+        handles = [block.register_forward_hook(lambda module, args, output, at=at: keep(at, output)) for at, block in enumerate(blocks)]
+        try:
+            velocity = flow.replayed(network, x, sigma, cond)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    missing = [str(place) for number, place in enumerate(places) if number not in seen]
+    if missing:
+        raise ValueError(f"discriminator.taps: {', '.join(missing)}: not called in a pass of the denoiser; choose blocks that are")
+    return velocity, [seen[number] for number in range(len(places))]
+
+
+def blocks_at(network: nn.Module, places: Sequence[float | str]) -> list[nn.Module]:
+    """Look blocks up by their share of the depth, or by name.
+
+    Raises:
+        ValueError: If a name is not there, with the nearest ones.
+    """
+    names = dict(network.named_modules())
+    found = []
+    for place in places:
+        if not isinstance(place, str):
+            blocks = longest_list(network)
+            found.append(blocks[int(place * len(blocks))])
+        elif place in names and place:
+            found.append(names[place])
+        else:
+            near = difflib.get_close_matches(place, names, n=5, cutoff=0.3) or [name for name in names if name][:5]
+            raise ValueError(f"discriminator.taps: {type(network).__name__} has no module {place!r}; there are {', '.join(near)}")
+    return found
+
+
+@contextmanager
+def _plain(network: nn.Module) -> Iterator[None]:
+    """Keep activations for this pass: one that is computed again in the backward pass would be another role's by then."""
+    checkpointing = getattr(network, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
+    if checkpointing:
+        network.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+
+
+def _tokens(output: Tensor | None, place: float | str, rows: int) -> Tensor:
+    """Lay an output out as ``[samples, tokens, channels]``."""
+    if output is None or output.ndim not in (3, 4) or len(output) != rows:
+        raise ValueError(
+            f"discriminator.taps: the block at {place!r} gives {None if output is None else list(output.shape)} for {rows} samples, needed "
+            "[samples, tokens, channels] or [samples, channels, height, width]; choose another block, or algorithm dmd2 with adversarial_weight 0"
+        )
+    return output.float() if output.ndim == 3 else output.float().flatten(2).transpose(1, 2)
 
 
 @contextmanager

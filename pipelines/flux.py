@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline, FluxPipeline
 
@@ -27,6 +27,10 @@ class Config(ModelConfig):
     guidance_scale: float = 3.5
     true_cfg_scale: float = 1.0
     max_sequence_length: int = 512
+
+    def guided(self, scale: float) -> Self:
+        """Return the settings with true guidance; what is embedded stays."""
+        return replace(self, true_cfg_scale=scale)
 
     def kind(self) -> type[DiffusionPipeline]:
         """Return the pipeline's class."""

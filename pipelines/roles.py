@@ -56,6 +56,7 @@ class Roles:
     def __init__(self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0) -> None:
         self.module, self.lora = module, lora
         self._copies: dict[str, nn.Module] = {}
+        self._trained = {CURRENT}
         self._layers: dict[str, LoraLayer] = {}
         self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
         self.active = CURRENT
@@ -94,9 +95,13 @@ class Roles:
             return dict(self._adapter(name)) if name != REFERENCE else {}
         return dict((self.module if name == CURRENT else self._copies[name]).named_parameters())
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what the optimizer moves: the parameters of ``current``."""
-        return [parameter for parameter in self.parameters(CURRENT).values() if isinstance(parameter, nn.Parameter)]
+    def trainable_parameters(self, name: str = CURRENT) -> list[nn.Parameter]:
+        """Return what an optimizer moves: the parameters of a role that is trained."""
+        return [parameter for parameter in self.parameters(name).values() if isinstance(parameter, nn.Parameter)]
+
+    def is_trained(self, name: str) -> bool:
+        """Tell whether a role carries gradient."""
+        return name in self._trained
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -110,8 +115,12 @@ class Roles:
         """Number of layers that are trained; see ``layers``."""
         return len(self.layers)
 
-    def add(self, name: str) -> None:
-        """Add a role as a frozen copy of ``current``; ``reference`` is the base itself with LoRA.
+    def add(self, name: str, *, trained: bool = False) -> None:
+        """Add a role as a copy of ``current``; ``reference`` is the base itself with LoRA.
+
+        Args:
+            name: Its name.
+            trained: Whether it carries gradient, beside ``current``; else it is frozen.
 
         Raises:
             ValueError: If the name has a dot, which separates module names.
@@ -120,8 +129,10 @@ class Roles:
             return
         if "." in name:
             raise ValueError(f"role {name!r}: a name without dots is needed")
+        if trained:
+            self._trained.add(name)
         if self.lora is None:
-            self._copies[name] = copy.deepcopy(self.module).requires_grad_(False)
+            self._copies[name] = copy.deepcopy(self.module).requires_grad_(trained)
         else:
             # The fork keeps torch's global generator out of it: these first weights are overwritten at once.
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -150,19 +161,24 @@ class Roles:
             layer.enable_adapters(name != REFERENCE)
             if name != REFERENCE:
                 layer.set_adapter([name])
-        # peft makes the selected adapter trainable and the others not; only `current` ever is, and it always is: a backward pass skips
+        # peft makes the selected adapter trainable and the others not; here those that are trained always are: a backward pass skips
         # whatever is frozen at that moment, also if it was not when its forward pass was done.
         for role in self.names:
             if self.lora is not None and role != REFERENCE:
                 for parameter in self._adapter(role).values():
-                    parameter.requires_grad_(role == CURRENT)
+                    parameter.requires_grad_(role in self._trained)
+
+    def network(self, name: str) -> nn.Module:
+        """Return the module that a role is computed by: the one, or with all weights trained its copy."""
+        self._check(name)
+        return self.module if self.lora is not None or name == CURRENT else self._copies[name]
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
         """Make the module act as a role, and afterwards as before; yields the network to call."""
         self._check(name)
         if self.lora is None:
-            yield self.module if name == CURRENT else self._copies[name]
+            yield self.network(name)
             return
         before = self.active
         if name == before:

@@ -94,10 +94,9 @@ class ACFlow(OnePolicy):
 
     config: Config
 
-    @property
-    def players(self) -> tuple[str, ...]:
+    def turns(self, update: Update, *, ready: bool) -> tuple[str, ...]:
         """The policy first: its baseline must not have learnt the rows that it is trained on."""
-        return (CURRENT,) + (CRITIC,) * self.config.critic_updates
+        return (CURRENT,) * ready + (CRITIC,) * self.config.critic_updates
 
     @property
     def heads(self) -> Mapping[str, Head]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -129,9 +129,13 @@ class Loss:
 class Algorithm(Protocol):
     """One file in ``flowalign/algorithms``: a composition of parts of the core."""
 
-    @property
-    def players(self) -> tuple[str, ...]:
-        """Networks that are trained, in the order of their turns; ``("current",)`` for reinforcement learning."""
+    def turns(self, update: Update, *, ready: bool) -> tuple[str, ...]:
+        """Name the networks that an update moves, in order; ``("current",)`` for most.
+
+        Args:
+            update: Which update this is.
+            ready: Whether critics, where there are some, have let the policy begin.
+        """
         ...
 
     @property
@@ -153,8 +157,8 @@ class Algorithm(Protocol):
         """Choose the kernels and forks of the rollout; ``seed`` is the run's, for what is drawn."""
         ...
 
-    def rows(self, experience: Experience, update: Update) -> Rows:
-        """Lay out what one update trains on."""
+    def rows(self, experience: Any, update: Update) -> Rows:
+        """Lay out what one update trains on: an `Experience`, or in a distillation `flowalign.core.distillation.Pairs`."""
         ...
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
@@ -223,12 +227,11 @@ class Passes(Protocol):
 
 
 class OnePolicy:
-    """What algorithms share that sample with the current role by the ODE and train it alone, in passes over minibatches; each overrides what differs."""
+    """What algorithms share that sample with the current role by the ODE and train it, in passes over minibatches; each overrides what differs."""
 
     config: Passes
 
-    @property
-    def players(self) -> tuple[str, ...]:
+    def turns(self, update: Update, *, ready: bool) -> tuple[str, ...]:
         """Train the current role alone."""
         return (CURRENT,)
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowalign.core.algorithm import Algorithm, Experience, sample_number
+from flowalign.core.distillation import Pairs
 from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal
 from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
@@ -32,19 +33,21 @@ class Collected:
     """What a step has to train on, and what it shows of it.
 
     Attributes:
-        experience: This rank's samples with their advantages.
+        experience: This rank's samples with their advantages, or its pairs.
         velocity: The network's velocity on these samples, under any role.
         rewards, metrics: Raw values of all ranks, ``[samples, columns]``, with their names.
-        advantages: Of all ranks.
+        advantages: Of all ranks; None where nothing is compared.
         images: This rank's, ``[batch, 3, h, w]``.
+        latents: What they were decoded from.
     """
 
-    experience: Experience
+    experience: Experience | Pairs
     velocity: Networks
     rewards: RewardTable
     metrics: RewardTable
-    advantages: AdvantageBatch
+    advantages: AdvantageBatch | None
     images: Tensor
+    latents: Tensor
 
 
 @dataclass(kw_only=True)
@@ -144,6 +147,7 @@ class Collector:
             metrics=RewardTable(names=names, values=everyone.rewards[:, :0] if everyone.metric is None else everyone.metric),
             advantages=advantages,
             images=sampled.images,
+            latents=sampled.trajectory.x0,
         )
 
     def _sample(self, step: int, plan: Plan, prompts: Sequence[PromptLike], uid: Tensor, number: Tensor) -> Sampled:
@@ -201,15 +205,8 @@ class Collector:
 
         An evaluation is of one state; under guidance the network computes ``rows_per_evaluation`` rows for it.
         """
-        counts = {
-            name: self.evaluations[name] for name in sorted({"rollout", "completion", "train", *self.algorithm.roles, *self.evaluations})
-        }
-        self.evaluations.clear()
-        if self.accelerator.num_processes > 1:
-            total = torch.tensor(list(counts.values()), device=self.accelerator.device)
-            counts = dict(zip(counts, self.accelerator.reduce(total, "sum").tolist(), strict=True))
-        counts = {name: count for name, count in counts.items() if count}
-        return {**counts, "total": sum(counts.values()), "rows_per_evaluation": self.pipeline.rows_per_evaluation}
+        names = ("rollout", "completion", "train", *self.algorithm.roles)
+        return counted(self.evaluations, names, self.accelerator, self.pipeline.rows_per_evaluation)
 
     def _measure(self, sampled: Sampled) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """Measure this rank's samples: names of the metric's columns, and what is to be gathered for them."""
@@ -265,6 +262,17 @@ class Collector:
         if "tree" in self.estimator.needs:
             shape["tree"] = forest(plan, joined["group_id"][:: plan.num_leaves], joined["log_prob"])
         return shape
+
+
+def counted(evaluations: Counter[str], names: Sequence[str], accelerator: Accelerator, rows_per_evaluation: int) -> dict[str, int]:
+    """Sum counts over ranks and clear them; ``names`` are those that a rank may have and another not."""
+    counts = {name: evaluations[name] for name in sorted({*names, *evaluations})}
+    evaluations.clear()
+    if accelerator.num_processes > 1:
+        total = torch.tensor(list(counts.values()), device=accelerator.device)
+        counts = dict(zip(counts, accelerator.reduce(total, "sum").tolist(), strict=True))
+    counts = {name: count for name, count in counts.items() if count}
+    return {**counts, "total": sum(counts.values()), "rows_per_evaluation": rows_per_evaluation}
 
 
 def _no_noise(step: int) -> Tensor:

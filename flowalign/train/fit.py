@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, Critic, Distillation, Pairs
 from flowalign.core.heads import Evidence
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.journal import Clock, Journal
-from flowalign.train.players import HeadPlayer, Player, build_heads
+from flowalign.train.pairs import PairCollector
+from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_heads
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
@@ -47,7 +49,7 @@ class Trainer:
     Attributes:
         pipeline: Generates, replays and decodes.
         algorithm: Plan, rows and loss.
-        estimator: From rewards to advantages.
+        estimator: From rewards to advantages; None for a distillation.
         rewards: What images are scored by.
         metrics: Side measurements that the estimator may read, in the order of their columns; rewards, or "novelty".
         draw: From a step to its prompts, ``config.groups`` of them; a pure function.
@@ -56,11 +58,12 @@ class Trainer:
         folder: Run folder.
         accelerator: Devices and ranks.
         after_step: Called with the finished step's line and images, on every rank.
+        teacher: Of a distillation, the pipeline with the teacher's guidance; None for the same.
     """
 
     pipeline: Pipeline
     algorithm: Algorithm
-    estimator: Estimator
+    estimator: Estimator | None
     rewards: Sequence[NamedReward]
     draw: Callable[[int], Sequence[PromptLike]]
     config: TrainConfig
@@ -69,11 +72,62 @@ class Trainer:
     accelerator: Accelerator = field(default_factory=Accelerator)
     metrics: Sequence[Metric] = ()
     after_step: Callable[[dict[str, Any], Tensor], None] | None = None
+    teacher: Pipeline | None = None
 
     def __post_init__(self) -> None:
         """Set up the collector, roles, optimizer and the wrapped network."""
         self.clock = Clock()
-        self.collector = Collector(
+        self.collector = self._collector()
+        for role in self.algorithm.roles:
+            self.pipeline.roles.add(role)
+        if self.config.ema_decay is not None:
+            self.pipeline.roles.add(AVERAGE)
+        self.parameters = self.pipeline.roles.trainable_parameters()
+        config = self.config
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+        self._last_finite = "none yet"
+        self.heads: dict[str, HeadPlayer] = {}
+        self.state: dict[str, Tensor] = {}  # a distillation's statistics
+        if isinstance(self.algorithm, HasHeads):
+            self.heads = build_heads(self.algorithm, self.pipeline, self.accelerator, seed=self.seed)
+        elif isinstance(self.algorithm, Distillation):
+            self.state = self.algorithm.start()
+            if self.algorithm.judges:
+                judge = self.algorithm.config.discriminator
+                self.heads = {DISCRIMINATOR: build_discriminator(judge, self.pipeline, self.accelerator, seed=self.seed)}
+            self.pipeline.roles.add(FAKE, trained=True)
+        self.collector.heads = self.heads
+        self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
+        denoiser = Player(
+            module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
+        )
+        self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
+        if isinstance(self.algorithm, Distillation):
+            self.trained[FAKE] = self._fake(self.algorithm.config.fake)
+        self.best = None if config.keep_best_by is None else Best(by=config.keep_best_by)
+        self.may_move = not isinstance(self.algorithm, HasHeads | Distillation)  # whether critics have let the policy begin
+        self.held_back = 0  # steps in which they have not
+        # What heads knew of samples that they had not learnt from.
+        self.evidence = {name: Evidence() for name in self.heads} if isinstance(self.algorithm, HasHeads) else {}
+
+    def _collector(self) -> Collector | PairCollector:
+        """Choose where a step's samples come from."""
+        if isinstance(self.algorithm, Distillation):
+            return PairCollector(
+                pipeline=self.pipeline,
+                teacher=self.teacher or self.pipeline,
+                settings=self.algorithm.config,
+                num_updates=self.algorithm.num_updates,
+                rewards=self.rewards,
+                draw=self.draw,
+                config=self.config,
+                seed=self.seed,
+                folder=self.folder / "pairs",
+                accelerator=self.accelerator,
+                clock=self.clock,
+            )
+        assert self.estimator is not None
+        return Collector(
             pipeline=self.pipeline,
             algorithm=self.algorithm,
             estimator=self.estimator,
@@ -85,27 +139,19 @@ class Trainer:
             accelerator=self.accelerator,
             clock=self.clock,
         )
-        for role in self.algorithm.roles:
-            self.pipeline.roles.add(role)
-        if self.config.ema_decay is not None:
-            self.pipeline.roles.add(AVERAGE)
-        self.parameters = self.pipeline.roles.trainable_parameters()
-        config = self.config
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-        self._last_finite = "none yet"
-        self.heads: dict[str, HeadPlayer] = {}
-        if isinstance(self.algorithm, HasHeads):
-            self.heads = build_heads(self.algorithm, self.pipeline, self.accelerator, seed=self.seed)
-        self.collector.heads = self.heads
-        self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
-        denoiser = Player(
-            module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
+
+    def _fake(self, settings: Critic) -> Player:
+        """Make the fake score's player: an adapter on the denoiser, or a network of its own where all weights are trained."""
+        network = self.pipeline.roles.network(FAKE)
+        if network is not self.pipeline.roles.network(CURRENT):
+            self.pipeline.modules[FAKE] = self.accelerator.prepare(network)
+        parameters = self.pipeline.roles.trainable_parameters(FAKE)
+        return Player(
+            module=self.pipeline.modules.get(FAKE, self.pipeline.module),
+            parameters=parameters,
+            optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
+            learning_rate=settings.learning_rate,
         )
-        self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
-        self.best = None if config.keep_best_by is None else Best(by=config.keep_best_by)
-        self.may_move = not self.heads  # whether heads have let the policy begin
-        self.held_back = 0  # steps in which they have not
-        self.evidence = {name: Evidence() for name in self.heads}  # what they knew of samples that they had not learnt from
 
     @property
     def result(self) -> str:
@@ -118,7 +164,7 @@ class Trainer:
 
     # -- update -----------------------------------------------------------------------------------------------------------------
 
-    def update(self, experience: Experience, velocity: Velocity, update: Update) -> dict[str, float]:
+    def update(self, experience: Experience | Pairs, velocity: Velocity, update: Update) -> dict[str, float]:
         """Make one optimizer update of each player and return what to log.
 
         Raises:
@@ -133,21 +179,37 @@ class Trainer:
         if len(rows) == 0:
             raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
         parts = rows.split(self.config.micro_batch_size)
+        turns = self.algorithm.turns(update, ready=self.may_move)
+        logged: dict[str, float] = {}
         if isinstance(self.algorithm, HasHeads):
             with torch.no_grad():
                 parts = [self.algorithm.look(part, velocity) for part in parts]
-        logged: dict[str, float] = {}
-        for name in self.algorithm.players:
-            if name != CURRENT or self.may_move:
-                # Of a head's several turns the first is told: it is of samples that it had not learnt from.
-                logged = {**self._turn(name, parts, velocity, experience.keep, update), **logged}
+        elif isinstance(self.algorithm, Distillation):
+            # A student's pass is kept for its loss where the whole batch is one; else it is made again, so that weights are of the whole batch.
+            with torch.set_grad_enabled(len(parts) == 1 and CURRENT in turns):
+                parts = [self.algorithm.look(part, velocity) for part in parts]
+            parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._sum)
+        for name in turns:
+            # Of a head's several turns the first is told: it is of samples that it had not learnt from.
+            logged = {**self._turn(name, parts, velocity, experience.keep, update), **logged}
         return logged
 
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+        return total.to(values.device)
+
     def _may_move(self) -> bool:
-        """Let an algorithm with heads hold the policy back until they know something."""
-        if self.may_move or not isinstance(self.algorithm, HasHeads):
+        """Let critics hold the policy back until they know something."""
+        if self.may_move:
             return True
-        ready = self.algorithm.is_ready(self.evidence, self.held_back)
+        if isinstance(self.algorithm, Distillation):
+            ready = self.algorithm.is_ready(self.state, self.held_back)
+        else:
+            assert isinstance(self.algorithm, HasHeads)
+            ready = self.algorithm.is_ready(self.evidence, self.held_back)
         self.held_back += not ready
         return ready
 
@@ -162,7 +224,7 @@ class Trainer:
         if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
             player.optimizer.zero_grad(set_to_none=True)
             return {}
-        means = self._mean_over_ranks(sums, count)
+        means = self._mean_over_ranks(sums)
         self._check_finite(name, update.step, means["loss"], norm)
         number = update.key(self.algorithm.num_updates) + 1
         for options in player.optimizer.param_groups:
@@ -176,35 +238,39 @@ class Trainer:
         """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
 
         Returns:
-            Sums over this rank's kept rows, and the number of kept rows a rank, on average over the ranks.
+            Of each metric its sum over this rank's kept rows and their number, and the number of kept rows a rank, on average over the ranks.
         """
         masks = [keep.to(part.sample.device)[part.sample] for part in parts]
         count = self._average(float(sum(mask.sum() for mask in masks)))
         sums: dict[str, Tensor] = {}
         for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
             last = number == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._module_of(player)):
+            # As this player until the backward pass is done: checkpointed activations are computed again in it.
+            acting = self.pipeline.roles.use(player) if player == FAKE else nullcontext()
+            with acting, nullcontext() if last else self.accelerator.no_sync(self._module_of(player)):
                 loss = self.algorithm.loss(player, part, velocity)
                 self.accelerator.backward((loss.value * mask.to(loss.value)).sum() / max(count, 1.0))
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + (value * mask.to(value)).sum()
+                # A metric that is NaN says nothing of its row; a loss that is NaN says a lot.
+                told = mask if name == "loss" else mask & ~torch.isnan(value)
+                total = (value * mask).sum() if name == "loss" else torch.where(told, value, 0).sum()
+                sums[name] = sums.get(name, torch.zeros(2, device=value.device)) + torch.stack([total, told.sum().to(total)])
         return sums, count
 
     def _module_of(self, player: str) -> nn.Module:
         """Look the network up that a player trains; a caller may have put another one into the pipeline."""
-        return self.pipeline.module if player == CURRENT else self.trained[player].module
+        return self.pipeline.modules.get(player, self.pipeline.module) if player in (CURRENT, FAKE) else self.trained[player].module
 
     def _average(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
             return value
         return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
 
-    def _mean_over_ranks(self, sums: Mapping[str, Tensor], num_rows: float) -> dict[str, float]:
+    def _mean_over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means of what any row told of."""
         names = sorted(sums)
-        means = torch.stack([sums[name] for name in names]) / num_rows
-        if self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(means, "mean")
-        return dict(zip(names, means.tolist(), strict=True))
+        found = self._sum(torch.stack([sums[name] for name in names]))
+        return {name: total / number for name, (total, number) in zip(names, found.tolist(), strict=True) if number}
 
     def _check_finite(self, player: str, step: int, loss: float, norm: float) -> None:
         for what, value in (("loss", loss), ("gradient norm", norm)):
@@ -244,8 +310,10 @@ class Trainer:
                 self.pipeline.roles.blend(AVERAGE, ema_warmup(self.config.ema_decay)(step))
         self._check_weights(step)
         made = [line for line in logged if line]  # an update whose samples were all filtered out logs nothing
-        metrics = {name: sum(line[name] for line in made) / len(made) for name in (made[0] if made else {})}
-        for name in self.heads:
+        names = dict.fromkeys(name for line in made for name in line)
+        told = {name: [line[name] for line in made if name in line] for name in names}
+        metrics = {name: sum(values) / len(values) for name, values in told.items()}
+        for name in self.evidence:
             if f"{name}/error" in metrics:
                 self.evidence[name] = self.evidence[name].after(metrics, name, window=WINDOW)
             metrics |= {f"{name}/explained": self.evidence[name].explained(), "held_back": self.held_back}
@@ -258,7 +326,7 @@ class Trainer:
             "reward": found.rewards.means(),
             "reward_std": found.rewards.stds(),
             **({"metric": found.metrics.means()} if found.metrics.names else {}),
-            "advantage": dict(found.advantages.stats),
+            "advantage": {} if found.advantages is None else dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
             "monitor": self._norms(found),
@@ -270,7 +338,7 @@ class Trainer:
 
     def _norms(self, found: Collected) -> dict[str, float]:
         """Root mean squares that grow when a policy runs away: of the images' latents, and of the velocities that were trained."""
-        parts = [found.experience.trajectory.x0.float().square().mean()]
+        parts = [found.latents.float().square().mean()]
         if found.velocity.squares:
             parts.append(
                 torch.stack([total for total, _ in found.velocity.squares]).sum() / sum(rows for _, rows in found.velocity.squares)
@@ -288,6 +356,8 @@ class Trainer:
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
             "best": None if self.best is None else self.best.state_dict(),
+            "state": self.state,
+            "fake": checkpoint.optimizer_state(self.trained[FAKE].optimizer) if FAKE in self.trained else None,
             "may_move": self.may_move,
             "held_back": self.held_back,
             "evidence": {name: {key: list(values) for key, values in vars(seen).items()} for name, seen in self.evidence.items()},
@@ -302,7 +372,10 @@ class Trainer:
             head.load_state_dict(state["heads"][name])
         if self.best is not None and state.get("best") is not None:
             self.best.load_state_dict(state["best"])
-        if self.heads:
+        if FAKE in self.trained:
+            self.state = dict(state["state"])
+            self.trained[FAKE].optimizer.load_state_dict(dict(state["fake"]))
+        if isinstance(self.algorithm, HasHeads | Distillation):
             self.may_move, self.held_back = state["may_move"], state["held_back"]
             self.evidence = {
                 name: Evidence(**{key: tuple(values) for key, values in seen.items()}) for name, seen in state["evidence"].items()
@@ -362,7 +435,7 @@ class Trainer:
                         )
                     if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
-            if not self.may_move:
+            if not self.may_move and isinstance(self.algorithm, HasHeads):
                 raise ValueError(
                     f"the policy never moved in {steps} steps: {', '.join(self.heads)} had not shown that it explains rewards (see explained in "
                     "log.jsonl); the state is saved, more --steps go on"

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowalign.core.algorithm import FEATURES, REFERENCE, HasHeads
+from flowalign.core.discriminators import Discriminator
+from flowalign.core.distillation import DISCRIMINATOR, TEACHER
 from flowalign.train import checkpoint
 from flowalign.train.protocols import Pipeline
 
@@ -67,6 +69,21 @@ def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerato
     return players
 
 
+def build_discriminator(settings: Discriminator, pipeline: Pipeline, accelerator: Accelerator, *, seed: int) -> HeadPlayer:
+    """Make a discriminator, as wide at the input as the blocks that it taps."""
+    one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
+    _, seen = pipeline.tap(one, torch.tensor(0.5, device=one.device), pipeline.encode(["a"]), settings.taps, whole=False)
+    bare = settings.build([tap.shape[2] for tap in seen], seed=seed).to(accelerator.device)
+    parameters = list(bare.parameters())
+    return HeadPlayer(
+        module=accelerator.prepare(bare),
+        parameters=parameters,
+        optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
+        learning_rate=settings.learning_rate,
+        bare=bare,
+    )
+
+
 @dataclass(kw_only=True)
 class Networks:
     """The networks on the samples of a step, as algorithms call them.
@@ -76,6 +93,8 @@ class Networks:
         cond: Conditioning of the samples.
         heads: By name.
         count: Told of every evaluation of the denoiser: purpose and rows.
+        teacher: The pipeline with the teacher's guidance, and its conditioning of the samples; None where it has none.
+        taps: Blocks that a discriminator reads.
         squares: Of each pass with gradient the sum of its rows' mean squared velocities, and their number.
     """
 
@@ -83,11 +102,16 @@ class Networks:
     cond: Any
     heads: Mapping[str, HeadPlayer]
     count: Callable[[str, int], None]
+    teacher: tuple[Pipeline, Any] | None = None
+    taps: tuple[float | str, ...] = ()
     squares: list[tuple[Tensor, int]] = field(default_factory=list)
     _looked: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # the last latents of the reference, and their features
+    _tapped: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False)
 
     def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
         """Return a role's velocity, the features of latents, or what a head says of features."""
+        if role == DISCRIMINATOR:
+            return self._judge(x, sigma, sample)
         if role in self.heads:
             head = self.heads[role]
             # Not the wrapped module without gradient: DDP would talk to other ranks.
@@ -95,7 +119,17 @@ class Networks:
             return said
         if role == FEATURES and self._looked is not None and self._looked[0] is x:
             return self._looked[1]
+        if role == TEACHER and self.teacher is not None:
+            self.count(TEACHER, len(x))
+            pipeline, cond = self.teacher
+            return pipeline.velocity(x, sigma, cond.take(sample), REFERENCE)
         cond = self.cond.take(sample)
+        if role == REFERENCE and self.taps:
+            self.count(REFERENCE, len(x))
+            velocity, seen = self.pipeline.tap(x, sigma, cond, self.taps, whole=True)
+            assert velocity is not None
+            self._tapped = x, seen
+            return velocity
         if role == FEATURES or (role == REFERENCE and self.heads):
             self.count(REFERENCE, len(x))
             velocity, features = self.pipeline.look(x, sigma, cond, REFERENCE)
@@ -107,3 +141,20 @@ class Networks:
             # Read once a step: nothing waits for the device.
             self.squares.append((velocity.detach().square().flatten(1).mean(1).sum(), len(x)))
         return velocity
+
+    def _judge(self, x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+        """Return the discriminator's logits; the last pass of the reference is used where it was on the same latents."""
+        if self._tapped is not None and self._tapped[0] is x:
+            seen = self._tapped[1]
+        else:
+            self.count("taps", len(x))
+            seen = self.pipeline.tap(x, sigma, self.cond.take(sample), self.taps, whole=False)[1]
+        self._tapped = None
+        head = self.heads[DISCRIMINATOR]
+        if torch.is_grad_enabled() and not x.requires_grad:
+            judged: Tensor = head.module(seen)
+            return judged
+        # Whoever asks for the gradient at x must not leave one in the discriminator; nor does DDP talk to other ranks.
+        frozen = {name: parameter.detach() for name, parameter in head.bare.named_parameters()}
+        judged = torch.func.functional_call(head.bare, frozen, (seen,))
+        return judged

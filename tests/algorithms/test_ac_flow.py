@@ -125,7 +125,7 @@ def test_what_is_frozen_is_asked_once_and_a_penalty_of_zero_not_at_all():
         rows = laid_out(algorithm, networks)
         assert networks.asked == expected
         networks.asked.clear()
-        for player in algorithm.players:
+        for player in algorithm.turns(Update(seed=0, step=0, index=0), ready=True):
             algorithm.loss(player, rows, networks)
         assert networks.asked == ["critic", "current", "critic"]
 
