@@ -17,6 +17,7 @@ from flowalign import config as configuration
 from flowalign import images
 from flowalign.config import ConfigError
 from flowalign.core.algorithm import CURRENT, REFERENCE
+from flowalign.core.distillation import Settings
 from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import ode
@@ -25,7 +26,7 @@ from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.statistics import verdict
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.run_config import find_config, load_config
+from flowalign.run_config import RunConfig, find_config, load_config
 from flowalign.suite_options import suite_options
 
 
@@ -92,7 +93,7 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     Args:
         model: Folder, hub id or "shapes"; the ``weights`` of a run that trained all weights bring the run's settings.
         lora: A run folder, its ``weights`` folder, or a LoRA file.
-        num_steps: Denoising steps; None for those of the settings.
+        num_steps: Denoising steps; None for those of the settings, or the few of a student that was distilled.
 
     Returns:
         The settings, and what they build, the LoRA loaded as its current role.
@@ -108,8 +109,10 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     run = _run_of(Path(model) if lora is None else lora)
     # The shipped pipeline is evaluated as its own configuration runs it.
     run = find_config("shapes_awm") if run is None and model == "shapes" else run
-    settings = settings_of(model) if run is None else load_config(str(run)).pipeline
-    settings = replace(settings, model=model, lora=None, num_steps=num_steps or settings.num_steps)
+    config = None if run is None else load_config(str(run))
+    settings = settings_of(model) if config is None else config.pipeline
+    own = settings.num_steps if config is None else student_steps(config) or settings.num_steps
+    settings = replace(settings, model=model, lora=None, num_steps=num_steps or own)
     if lora is None:
         return settings, settings.build(device=Accelerator().device)
     weights = lora / "weights" if (lora / "weights").is_dir() else lora
@@ -118,6 +121,18 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     built = settings.build(device=Accelerator().device)
     built.load_lora(weights)
     return settings, built
+
+
+def student_steps(config: RunConfig) -> int | None:
+    """Return the steps of the student that a run distils; None for other runs."""
+    return config.algorithm.student_steps if isinstance(config.algorithm, Settings) else None
+
+
+def _steps_of_base(lora: Path, num_steps: int) -> int:
+    """Return the steps of the model without a LoRA: a student is compared with its teacher as that is sampled, all others step for step."""
+    run = _run_of(lora)
+    config = None if run is None else load_config(str(run))
+    return num_steps if config is None or student_steps(config) is None else config.pipeline.num_steps
 
 
 def _run_of(weights: Path) -> Path | None:
@@ -150,20 +165,22 @@ def evaluate(
     settings, evaluated = open_model(model, lora, num_steps=num_steps)
     tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
     result: dict[str, Any] = tuned.summary()
-    base = None
+    base, steps = None, evaluated.num_steps
     if against is not None:
         # The same settings: a comparison is of weights, not of guidance or sizes.
         other = replace(settings, model=against, lora=None).build(device=evaluated.device)
         base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
     elif lora is not None:
-        base = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
+        steps = _steps_of_base(lora, evaluated.num_steps)
+        base = score_model(evaluated, chosen, num_steps=steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
     found = {} if base is None else compare(base, tuned)
     if base is not None:
         differences = {measure: difference.as_dict() for measure, difference in found.items()}
         result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
         result["verdict"] = {measure: verdict(difference, resolution=resolution) for measure, difference in found.items()}
     for measure in found or tuned.measures():
-        print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps, seed {seed}")
+        against_steps = "" if steps == evaluated.num_steps else f" against {steps} of the base"
+        print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps{against_steps}, seed {seed}")
         print(table(base or tuned, tuned if base else None, measure=measure))
         if measure in found:
             print(f"verdict: {result['verdict'][measure]}")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
@@ -119,8 +120,15 @@ def _estimator(spec: Any, weights: list[float]) -> Any:
 def _accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     """Make the accelerator with what the configuration says, whatever a stored accelerate configuration says of numerics."""
     trackers: Any = list(config.train.trackers) or None
+    # Two adapters on one wrapped network, of which each backward pass trains one.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if isinstance(config.algorithm, Settings) else None
     accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_steps=1, log_with=trackers, project_dir=str(config.output), cpu=cpu
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=trackers,
+        project_dir=str(config.output),
+        cpu=cpu,
+        kwargs_handlers=handlers,
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(

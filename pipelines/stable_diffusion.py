@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from flowalign.pipelines.combine import Rescale
@@ -21,12 +22,15 @@ class Config(ModelConfig):
     Attributes:
         guidance_scale: Classifier-free guidance in rollout and training; 1 for none.
         guidance_rescale: Share by which guided predictions get the spread of conditional ones back (2.x with zero terminal SNR: 0.7).
+        timestep_spacing: Where the schedule's steps lie, as diffusers' schedulers have it; null for the model's own. A student of few steps needs
+            "trailing", which begins at noise also for one step.
     """
 
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     num_steps: int = 20
     guidance_scale: float = 5.0
     guidance_rescale: float = 0.0
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
 
     def kind(self) -> type[DiffusionPipeline]:
         """Return the pipeline's class."""
@@ -35,6 +39,16 @@ class Config(ModelConfig):
     def without(self) -> dict[str, Any]:
         """Leave the safety checker out: it would replace images by black ones, which rewards cannot tell from bad ones."""
         return {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+
+    def load(self, *, device: str | torch.device = "cpu") -> Any:
+        """Load the bare pipeline, its schedule spaced as the settings say."""
+        return self.spaced(super().load(device=device))
+
+    def spaced(self, pipe: Any) -> Any:
+        """Space a pipeline's schedule as the settings say."""
+        if self.timestep_spacing is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=self.timestep_spacing)
+        return pipe
 
     def family(self, pipe: Any) -> Family:
         """Say what cannot be read off."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowalign.core.adversarial import approximate_r1, discriminator_loss, generator_loss
 from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Velocity, sample_number
-from flowalign.core.decays import Decay
+from flowalign.core.decays import Decay, constant
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, push, regress
 from flowalign.core.paths import interpolate, velocity_to_x0
@@ -208,8 +208,8 @@ class Distiller:
 
     @property
     def roles(self) -> Mapping[str, Decay]:
-        """None that follow the student; the fake score learns by itself."""
-        return {}
+        """The teacher, which stays; nothing follows the student."""
+        return {REFERENCE: constant(1.0)}
 
     def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
         """Sample by the ODE."""

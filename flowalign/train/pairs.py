@@ -81,6 +81,10 @@ class PairCollector:
                 f"{len(self.sigmas) - 1} rungs; a student needs {steps}, the first at noise (at least {_NOISE}). Give the pipeline a scheduler with "
                 'timestep_spacing "trailing"'
             )
+        if self.settings.highest_level > float(self.sigmas[0]):
+            raise ValueError(
+                f"algorithm.highest_level: got {self.settings.highest_level}, but this model knows no level above {float(self.sigmas[0]):.4f}; lower it"
+            )
         self.spread = self.pipeline.spread(steps)
         self.state: dict[str, Any] = {}
         self.evaluations: Counter[str] = Counter()

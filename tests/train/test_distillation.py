@@ -1,0 +1,265 @@
+"""Distillation through the whole loop: roles on one base, critics, counts, resuming, ranks, and a pipeline that samples in one step."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from flowalign.config import ConfigError
+from flowalign.core.algorithm import Update
+from flowalign.run import build_trainer, run_training
+from flowalign.run_config import load_config
+from flowalign.train.journal import read_log
+from tests.train.launch import on_one_and_two_processes
+
+SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 4, "learning_rate": 1e-2}
+F_DISTILL = {
+    "type": "f_distill",
+    "num_pairs": 12,
+    "critic_updates": 2,
+    "least_steps": 1,
+    "adversarial_weight": 0.1,
+    "weights": {"num_bins": 2},
+    "discriminator": {"taps": [0.5], "width": 8},
+}
+
+
+def settings(write_config, name="run", **changes):
+    algorithm = {**F_DISTILL, **changes.pop("algorithm", {})}
+    return write_config(name, **{"train": SMALL, "rewards": [], "algorithm": algorithm, **changes})
+
+
+def build(write_config, **changes):
+    config = load_config(str(settings(write_config, **changes)))
+    return build_trainer(config, Accelerator())
+
+
+def weights_of(built, role):
+    return {name: value.detach().clone() for name, value in built.pipeline.roles.parameters(role).items()}
+
+
+def moved(built, before):
+    return {role: any(not torch.equal(old[name], weights_of(built, role)[name]) for name in old) for role, old in before.items()}
+
+
+def test_a_step_moves_the_critics_then_the_student_and_evaluates_what_it_must(write_config):
+    built = build(write_config, algorithm={"warmup_steps": 1, "teacher_steps": 3})
+    before = {role: weights_of(built, role) for role in ("current", "fake")}
+    lines = [built.step(step) for step in range(4)]
+    counts = [{key: value for key, value in line["evaluations"].items() if key not in ("total", "rows_per_evaluation")} for line in lines]
+    batch = 4
+    assert counts[0] == {"teacher": 3 * 12, "shown": batch, "train": 3 * batch}  # the warm-up: three updates of the student
+    # Of each critic update: the student without gradient, the fake score with, the base up to its tap on what is real and what is not.
+    critics = {"current": 2 * batch, "train": 2 * batch, "taps": 2 * 2 * batch}
+    # Held back: student, teacher and fake score once, without gradient, which calibrates the ratio.
+    assert counts[1] == {**critics, "current": 3 * batch, "reference": batch, "fake": batch, "shown": batch}
+    # Of a student's update: one pass with gradient, the teacher's (which the discriminator reads too) and the fake score's.
+    assert counts[2] == {**critics, "train": 3 * batch, "reference": batch, "fake": batch, "shown": batch}
+    assert counts[3] == counts[2]
+    assert "pair_error" in lines[0]["metrics"]
+    assert "push" not in lines[1]["metrics"]
+    assert {"push", "adversarial", "fake/loss", "discriminator/accuracy", "ratio/bin_1", "ratio/effective_share"} <= set(
+        lines[2]["metrics"]
+    )
+    assert lines[1]["grad_norm"] == 0
+    assert lines[2]["grad_norm"] > 0
+    assert moved(built, before) == {"current": True, "fake": True}
+
+
+def test_the_teacher_is_the_base_bit_for_bit_and_the_fake_score_begins_as_it(write_config):
+    built = build(write_config)
+    x, sigma = torch.randn(2, *built.pipeline.event_shape), torch.tensor([0.3, 0.8])
+    cond = built.pipeline.encode(["a red ring", "a blue disk"])
+
+    def velocity(role):
+        with torch.no_grad():
+            return built.pipeline.velocity(x, sigma, cond, role)
+
+    base = velocity("reference")
+    assert torch.equal(velocity("fake"), base)
+    for step in range(3):
+        built.step(step)
+    assert torch.equal(velocity("reference"), base)
+    assert not torch.equal(velocity("fake"), base)
+    assert not torch.equal(velocity("current"), velocity("fake"))
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_each_players_gradient_reaches_that_player_alone(write_config, model, lora):
+    pipeline = {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": lora}
+    built = build(write_config, pipeline=pipeline)
+    found = built.collect(0)
+    velocity, algorithm = found.velocity, built.algorithm
+
+    def touched():
+        players = {name: player.parameters for name, player in built.trained.items()}
+        hit = {name for name, parameters in players.items() if any(p.grad is not None and bool(p.grad.any()) for p in parameters)}
+        for parameters in players.values():
+            for parameter in parameters:
+                parameter.grad = None
+        return hit
+
+    with torch.no_grad():
+        rows = algorithm.look(algorithm.rows(found.experience, Update(seed=0, step=0, index=0)), velocity)
+    for player in ("fake", "discriminator"):
+        with built.pipeline.roles.use(player) if player == "fake" else torch.enable_grad():
+            algorithm.loss(player, rows, velocity).value.sum().backward()
+        assert touched() == {player}
+    torch.nn.init.normal_(built.heads["discriminator"].bare.pooled[0].weight)  # at first it says 0 of everything
+    for kept in (True, False):
+        with torch.set_grad_enabled(kept):
+            rows = algorithm.look(algorithm.rows(found.experience, Update(seed=0, step=0, index=2)), velocity)
+        (rows,), _, _ = algorithm.weigh([rows], built.state, lambda x: x)
+        algorithm.loss("current", rows, velocity).value.sum().backward()
+        assert touched() == {"current"}
+    assert not any(p.grad is not None and bool(p.grad.any()) for p in built.pipeline.denoiser.parameters())
+
+
+def test_the_discriminator_reads_the_base_on_latents_that_carry_gradient(write_config):
+    """The adversarial part of the student's gradient against central differences."""
+    built = build(write_config)
+    torch.nn.init.normal_(built.heads["discriminator"].bare.pooled[0].weight)
+    velocity = built.collect(0).velocity
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *built.pipeline.event_shape, generator=generator)
+    direction = torch.randn(x.shape, generator=generator)
+    sigma, sample = torch.tensor([0.4]), torch.tensor([0])
+
+    def logit(at):
+        return velocity(at, sigma, sample, "discriminator").sum()
+
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(logit(x), x)
+    step = 1e-2
+    with torch.no_grad():
+        expected = (logit(x + step * direction) - logit(x - step * direction)) / (2 * step)
+    assert float((slope * direction).sum()) == pytest.approx(float(expected), rel=2e-2, abs=1e-4)
+    assert float(expected) != 0
+
+
+def test_micro_batches_change_nothing(write_config):
+    steps = []
+    for size in (4, 2):
+        built = build(write_config, name=f"micro_{size}", train={**SMALL, "micro_batch_size": size}, algorithm={"least_steps": 0})
+        line = built.step(0)
+        steps.append((line["metrics"], line["grad_norm"], weights_of(built, "current")))
+    assert steps[0][1] == pytest.approx(steps[1][1], rel=1e-4)
+    for name, value in steps[0][0].items():
+        assert steps[1][0][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_gradient_checkpointing_changes_no_players_gradient(write_config, model):
+    norms = []
+    for flag in (False, True):
+        pipeline = {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "gradient_checkpointing": flag}
+        built = build(write_config, name=f"checkpointing_{flag}", pipeline=pipeline, algorithm={"least_steps": 0})
+        lines = [built.step(step) for step in range(2)]
+        names = ("fake/grad_norm", "discriminator/grad_norm")
+        norms.append([line["grad_norm"] for line in lines] + [line["metrics"][name] for line in lines for name in names])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_dmd2_is_f_distill_with_reverse_kl(write_config):
+    found = []
+    for name, options in (("f_distill", {"weights": {"divergence": "reverse_kl", "num_bins": 2}}), ("dmd2", {})):
+        algorithm = {key: value for key, value in F_DISTILL.items() if key != "weights"} | {"type": name, "least_steps": 1, **options}
+        path = write_config(name, train=SMALL, rewards=[], algorithm=algorithm, steps=4)
+        built = run_training(load_config(str(path)))
+        log = read_log(load_config(str(path)).output / "log.jsonl")
+        found.append((weights_of(built, "current"), [line["metrics"]["loss"] for line in log if "loss" in line["metrics"]]))
+    (one, losses), (two, others) = found
+    assert len(losses) == 3
+    assert losses == pytest.approx(others, rel=1e-6)
+    assert all(torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-7) for name in one)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(write_config, capsys):
+    """Stopped while the critics learn alone, and again afterwards."""
+    whole = settings(write_config, "whole", steps=5, algorithm={"warmup_steps": 1, "least_steps": 2})
+    run_training(load_config(str(whole)))
+    parts = settings(write_config, "parts", steps=5, algorithm={"warmup_steps": 1, "least_steps": 2})
+    for steps in ("2", "4", "5"):
+        run_training(load_config(str(parts), ["--steps", steps]))
+    folders = [load_config(str(path)).output for path in (whole, parts)]
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    assert [line["metrics"] for line in logs[0]] == [line["metrics"] for line in logs[1]]
+    files = [load_file(folder / "weights" / "pytorch_lora_weights.safetensors") for folder in folders]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert "push" in logs[0][-1]["metrics"]
+    with pytest.raises(ConfigError, match="divergence"):
+        run_training(load_config(str(parts), ["--steps", "6", "--algorithm.weights.divergence", "forward_kl"]))
+
+
+def test_samples_of_the_teacher_that_were_cut_off_are_made_again(write_config):
+    built = build(write_config)
+    built.collector.prepare()
+    (path,) = built.collector.folder.glob("*.safetensors")
+    whole = load_file(path)["x0"].clone()  # off the file
+    path.write_bytes(path.read_bytes()[:-50])
+    again = build(write_config)
+    again.collector.prepare()
+    assert torch.equal(load_file(path)["x0"], whole)
+
+
+def test_two_processes_distil_like_one(write_config):
+    algorithm = {**F_DISTILL, "least_steps": 1, "warmup_steps": 1}
+    folders = on_one_and_two_processes(write_config, steps=3, train=SMALL, rewards=[], algorithm=algorithm)
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    for one, two in zip(*logs, strict=True):
+        assert one["evaluations"] == two["evaluations"]
+        assert one["metrics"].keys() == two["metrics"].keys()
+        for name, value in one["metrics"].items():
+            assert two["metrics"][name] == pytest.approx(value, rel=2e-2, abs=1e-3), name
+    assert logs[0][0]["metrics"]["pair_error"] == pytest.approx(logs[1][0]["metrics"]["pair_error"], rel=1e-4)
+
+
+def test_a_student_samples_in_one_step_from_its_file(write_config):
+    path = settings(write_config, steps=3, algorithm={"least_steps": 1})
+    built = run_training(load_config(str(path)))
+    fresh = load_config(str(path)).pipeline.build()
+    fresh.load_lora(load_config(str(path)).output / "weights")
+    noise = torch.randn(2, *fresh.event_shape, generator=torch.Generator().manual_seed(0))
+    prompt = "a photo of a red ring"
+    images = fresh.pipe(
+        prompt, num_images_per_prompt=2, latents=noise, num_inference_steps=1, guidance_scale=1.0, max_sequence_length=16, output_type="pt"
+    ).images
+    x0 = noise - built.pipeline.velocity(noise, torch.ones(2), built.pipeline.encode([prompt] * 2), "current")
+    torch.testing.assert_close(images, built.pipeline.decode(x0.detach()), atol=1e-4, rtol=0)
+
+
+def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):
+    built = build(write_config, algorithm={"guidance_scale": 3.0, "least_steps": 0})
+    assert built.teacher.rows_per_evaluation == 2
+    assert built.pipeline.rows_per_evaluation == 1
+    line = built.step(0)
+    assert line["evaluations"]["teacher"] == 12 * 4 + 4
+    assert math.isfinite(line["metrics"]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"algorithm": {"discriminator": {"taps": ["transformer_blocks.77"]}}},
+            r"has no module 'transformer_blocks.77'; there are .*transformer_blocks",
+        ),
+        ({"algorithm": {"num_pairs": 3}}, "num_pairs: 3 pairs are fewer than the 4 of one update"),
+        ({"pipeline": {"guidance_scale": 2.0}}, "a student of few steps is not guided"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(write_config, model, changes, message):
+    pipeline = {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, **changes.pop("pipeline", {})}
+    with pytest.raises(ValueError, match=message):
+        build(write_config, pipeline=pipeline, **changes)
+
+
+def test_a_critic_that_is_not_finite_stops_before_anything_moves_and_is_named(write_config):
+    built = build(write_config)
+    with torch.no_grad():
+        built.heads["discriminator"].parameters[0].fill_(float("nan"))
+    before = {role: weights_of(built, role) for role in ("current",)}
+    with pytest.raises((FloatingPointError, ValueError), match="discriminator"):
+        built.step(0)
+    assert moved(built, before) == {"current": False}
