@@ -163,6 +163,8 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         accelerator.wait_for_everyone()
         if config.train.trackers:
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
+        if accelerator.is_main_process and isinstance(config.algorithm, Settings):
+            print(f"memory: {_memory(trainer)}")
         trainer.after_step = _after_step(config, accelerator)
         trainer.fit(config.steps)
         if accelerator.is_main_process:
@@ -171,6 +173,14 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             _save_best(trainer, config)
         accelerator.end_training()
     return trainer
+
+
+def _memory(trainer: Trainer) -> str:
+    """Say what each player costs: weights, gradient and moments; activations come on top."""
+    sizes: dict[str, int] = trainer.pipeline.roles.memory()  # type: ignore[attr-defined]
+    for name, head in trainer.heads.items():
+        sizes[name] = 4 * sum(parameter.numel() * parameter.element_size() for parameter in head.parameters)
+    return ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
 
 
 @contextmanager

@@ -168,6 +168,21 @@ class Roles:
                 for parameter in self._adapter(role).values():
                     parameter.requires_grad_(role in self._trained)
 
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that each role costs: "base" the frozen weights, and for each role what it adds.
+
+        A trained role adds its weights, their gradient and AdamW's two moments, all in float32; one that follows it its weights alone.
+        """
+        added: dict[str, int] = {}
+        for name in self.names:
+            size = sum(value.numel() * value.element_size() for value in self.parameters(name).values())
+            added[name] = 4 * size if name in self._trained else size
+        if self.lora is None:
+            return added
+        total = sum(value.numel() * value.element_size() for value in self.module.parameters())
+        adapters = sum(value.numel() * value.element_size() for name in self.names for value in self.parameters(name).values())
+        return {"base": total - adapters, **{name: size for name, size in added.items() if name != REFERENCE}}
+
     def network(self, name: str) -> nn.Module:
         """Return the module that a role is computed by: the one, or with all weights trained its copy."""
         self._check(name)

@@ -1,0 +1,75 @@
+"""What roles cost: counted on the real configurations without their weights, and measured on a small model."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+from flowalign.pipelines.family import JOINT_ATTENTION
+from flowalign.pipelines.roles import Roles
+from flowalign.run_config import load_config
+from tests.pipelines import families
+
+# The published configurations (transformer/config.json of stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev).
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+CASES = {
+    "sd35m_f_distill": (SD3Transformer2DModel, SD35_MEDIUM, 2.2e9, 2.6e9, 0.25),
+    "flux_f_distill": (FluxTransformer2DModel, FLUX_DEV, 11.8e9, 12.0e9, 0.10),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_student_and_fake_score_add_little_to_one_frozen_base(name):
+    kind, config, least, most, share = CASES[name]
+    lora = load_config(name).pipeline.lora
+    assert lora.rank == 32
+    with torch.device("meta"):
+        network = kind(**config).to(torch.bfloat16)
+        assert least < sum(value.numel() for value in network.parameters()) < most
+        roles = Roles(network, lora, JOINT_ATTENTION)
+        roles.add("fake", trained=True)
+    sizes = roles.memory()
+    adapter = sum(value.numel() for value in roles.parameters("current").values())
+    assert sizes["current"] == sizes["fake"] == adapter * 4 * 4  # float32: weight, gradient, two moments
+    assert (sizes["current"] + sizes["fake"]) / sizes["base"] <= share
+
+
+def test_the_count_is_what_training_allocates():
+    roles = families.build("sd3").roles
+    roles.add("fake", trained=True)
+    sizes = roles.memory()
+    for name in ("current", "fake"):
+        parameters = roles.trainable_parameters(name)
+        optimizer = torch.optim.AdamW(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        held = [*parameters, *(parameter.grad for parameter in parameters)]
+        held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        assert sizes[name] == sum(value.untyped_storage().nbytes() for value in held)
+    others = {id(value) for name in ("current", "fake") for value in roles.trainable_parameters(name)}
+    assert sizes["base"] == sum(value.untyped_storage().nbytes() for value in roles.module.parameters() if id(value) not in others)
