@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from flowalign import config as configuration
-from flowalign.benchmark.spec import BenchmarkConfig, Cell
+from flowalign.benchmark.spec import PREVIOUS, BenchmarkConfig, Cell
 from flowalign.benchmark.store import folder_of, read_result
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, Curve
 from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
-from flowalign.evaluate.report import Report, Table, write_report
+from flowalign.evaluate.report import Report, Table, write_report, write_svg
 from flowalign.evaluate.scores import Interval
 from flowalign.evaluate.statistics import seed_interval
 from flowalign.train.journal import write_atomically
@@ -32,7 +32,7 @@ _DRIFT = {
 def write_benchmark(
     config: BenchmarkConfig, trials: Sequence[Cell], finals: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]
 ) -> Path:
-    """Write ``results.json``, ``results.md`` and ``report.html`` from the cells that have finished, and print the tables.
+    """Write ``results.json``, ``results.md``, two pictures and ``report.html`` from the cells that have finished, and print the tables.
 
     Args:
         config: The benchmark.
@@ -51,7 +51,8 @@ def write_benchmark(
     missing = [f"{cell.method}, seed {cell.seed}" for cell in finals if cell not in finished]
     left_out = [method for method in config.methods if method not in chosen]
     notes = [
-        "Intervals: 95 %, Student's t over training seeds; those of differences are over prompts, all seeds pooled, and do not cover new seeds.",
+        "Intervals: 95 %, Student's t over training seeds, but those of gains over the base and of 'minus' columns: these are over prompts, all seeds "
+        "pooled, and do not cover new seeds.",
         "Every run stops before the step that would exceed the budget. A row that is differentiated counts as three evaluations.",
         "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
         *([f"Not finished: {'; '.join(missing)}."] if missing else []),
@@ -73,6 +74,8 @@ def write_benchmark(
         versions=versions(),
         hardware=hardware(),
     )
+    for name, chart in zip(("compute.svg", "drift.svg"), report.charts, strict=True):
+        write_svg(config.output / name, chart)
     path = write_report(config.output / "report.html", report)
     print(f"report {path}")
     return path
@@ -95,13 +98,15 @@ def _over_seeds(values: Sequence[float], pattern: str = "{:.3f}") -> str:
 
 def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
     reference = config.reference or next(iter(config.methods))
+    others = dict(zip(by_method, [None, *by_method], strict=False)) if reference == PREVIOUS else dict.fromkeys(by_method, reference)
     rows = []
     for method, runs in by_method.items():
         if not runs:
             rows.append([method, "0", *[""] * 5])
             continue
         last = [result["milestones"][-1] for _, result in runs]
-        versus = "" if method == reference else _versus(config, dict(by_method)[reference], runs)
+        other = others[method]
+        versus = "" if other in (None, method) else (_added if reference == PREVIOUS else _versus)(config, by_method[other or method], runs)
         gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs])
         spent = [milestone["spent"]["evaluations"] for milestone in last]
         steps = [result["steps"] for _, result in runs]
@@ -116,7 +121,8 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
                 f"{sum(steps) / len(steps):.0f}",
             ]
         )
-    columns = ("method", "seeds", "strict score", "gain over the base", f"minus {reference}", "evaluations", "steps")
+    against = "gain less that of the line above, over seeds" if reference == PREVIOUS else f"minus {reference}"
+    columns = ("method", "seeds", "strict score", "gain over the base", against, "evaluations", "steps")
     return Table(title="Score at the end of the budget", columns=columns, rows=rows)
 
 
@@ -231,6 +237,17 @@ def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs
         return ""
     found = compare_runs(pairs)
     return f"{found.overall}, p = {found.p_value:.3f}"
+
+
+def _added(config: BenchmarkConfig, before: Sequence[tuple[Cell, Any]], runs: Sequence[tuple[Cell, Any]]) -> str:
+    """Return what was gained beyond another method, seed by seed; each over its own base, which guidance may have changed."""
+
+    def gain(cell: Cell) -> float:
+        return _records(config, cell).scores().overall.mean - _base_of(config, cell).scores().overall.mean
+
+    earlier = {cell.seed: gain(cell) for cell, _ in before}
+    differences = [gain(cell) - earlier[cell.seed] for cell, _ in runs if cell.seed in earlier]
+    return _over_seeds(differences) if differences else ""
 
 
 def _markdown(table: Table) -> str:

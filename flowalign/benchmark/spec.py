@@ -16,6 +16,7 @@ from flowalign.run_config import load_config
 
 Unit = Literal["evaluations", "flops", "seconds"]
 UNITS: tuple[Unit, ...] = ("evaluations", "flops", "seconds")
+PREVIOUS = "previous"
 Phase = Literal["base", "search", "final"]
 
 
@@ -150,7 +151,8 @@ class BenchmarkConfig:
         suite: What models are scored on.
         search: The search that every method gets first.
         target: Score whose price is reported; null for none.
-        reference: Method that the others are compared with; null for the first.
+        reference: Method that the others are compared with; null for the first, "previous" for the one before each, as a study of one factor at a
+            time wants it.
     """
 
     output: Path = Path("runs/benchmark")
@@ -172,8 +174,8 @@ class BenchmarkConfig:
         twice = next((name for name in self.methods if slugs.count(_slug(name)) > 1), None)
         if twice is not None:
             raise ValueError(f"methods: {twice!r} and another name would share a folder; name them apart by letters or digits")
-        if self.reference is not None and self.reference not in self.methods:
-            raise ValueError(f"reference: got {self.reference!r}, needed one of {', '.join(self.methods)}")
+        if self.reference not in (None, PREVIOUS, *self.methods):
+            raise ValueError(f"reference: got {self.reference!r}, needed {PREVIOUS} or one of {', '.join(self.methods)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: got {list(self.seeds)}, needed different ones, at least three to speak of a spread")
         if self.search.grid and self.search.seed in self.seeds:

@@ -18,6 +18,9 @@ from flowalign.evaluate.scores import Interval
 from flowalign.images import png_bytes
 
 _TEMPLATE = "report.html.jinja"
+_PICTURE = "chart.svg.jinja"
+_COLORS = ("#0b6e69", "#c2611f", "#4b5fb5", "#97478f", "#7a7320", "#5b626b")
+_DASHES = ("none", "6 4", "2 4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +139,23 @@ def write_report(path: str | Path, report: Report) -> Path:
     return path
 
 
-def render(report: Report) -> str:
-    """Return a report as HTML."""
+def write_svg(path: str | Path, chart: Chart) -> Path:
+    """Write a chart as a picture of its own, with its legend, and return its path."""
+    path = Path(path)
+    path.write_text(_template(_PICTURE).render(drawing=draw(chart), colors=_COLORS, dashes=_DASHES), encoding="utf-8")
+    return path
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
-    source = resources.files("flowalign.evaluate").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(resources.files("flowalign.evaluate").joinpath(name).read_text(encoding="utf-8"))
+
+
+def render(report: Report) -> str:
+    """Return a report as HTML."""
     drawings: list[Drawing] = [draw(chart) for chart in report.charts]
-    return environment.from_string(source).render(
+    return _template(_TEMPLATE).render(
         report=report,
         cards=[_card(comparison) for comparison in report.comparisons],
         drawings=drawings,

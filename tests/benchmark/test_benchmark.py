@@ -191,6 +191,15 @@ def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in
     assert len(written) == 1 + 4 + 4
     study.benchmark(str(path))
     assert written == {path: path.stat().st_mtime_ns for path in config.output.rglob("result.json")}
+    chain = write(search={"grid": grid, "share": 0.5}, target=0.9, seeds=[0, 1], reference="previous")
+    study.benchmark(str(chain))
+    shown = capsys.readouterr().out
+    assert "gain less that of the line above, over seeds" in shown
+    results = json.loads((config.output / "results.json").read_text())
+    strict = [[result["milestones"][-1]["strict"] for result in results[first : first + 2]] for first in (0, 2)]
+    # Both have one base, so that the difference of gains is that of scores.
+    added = [two - one for one, two in zip(*strict, strict=True)]
+    assert f"| {sum(added) / 2:.3f} [" in shown
     more = write(search={"grid": grid, "share": 0.5}, target=0.9, seeds=[0, 1, 2])
     study.benchmark(str(more))
     assert len(list(config.output.rglob("result.json"))) == 1 + 4 + 6
