@@ -18,13 +18,14 @@ def add_demo(add: Add) -> None:
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
     demo.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
+    demo.add_argument("--distill", action="store_true", help="then distil the aligned model into one step (some minutes more)")
     demo.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
     from flowalign.demo import demo
 
-    demo(options.output, seed=options.seed, threads=options.threads)
+    demo(options.output, seed=options.seed, threads=options.threads, distill=options.distill)
 
 
 def add_train(add: Add) -> None:

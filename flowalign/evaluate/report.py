@@ -37,7 +37,10 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Images of one prompt before and after; column i of both has the same noise.
+    """Images of one prompt before and after; column i of all has the same noise.
+
+    Attributes:
+        further: Name, images and verdicts of a third model.
 
     Shapes:
         base, tuned: ``[image, 3, h, w]`` in [0, 1].
@@ -48,6 +51,7 @@ class Comparison:
     tuned: Tensor
     base_passed: Sequence[bool]
     tuned_passed: Sequence[bool]
+    further: tuple[str, Tensor, Sequence[bool]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,15 +205,23 @@ def headline(base: Evaluation, tuned: Evaluation, *, name: str, measure: Measure
     )
 
 
-def comparisons(base: Evaluation, tuned: Evaluation, *, prompts_per_tag: int = 2, num_images: int = 4) -> list[Comparison]:
+def comparisons(
+    base: Evaluation,
+    tuned: Evaluation,
+    *,
+    further: tuple[str, Evaluation] | None = None,
+    prompts_per_tag: int = 2,
+    num_images: int = 4,
+) -> list[Comparison]:
     """Return before and after of the first prompts of each tag: chosen by their place in the suite, never by their outcome.
 
     Raises:
         ValueError: If the evaluations did not keep their images, or are not of the same images in the same order.
     """
-    if base.images is None or tuned.images is None:
+    others = [tuned, *([] if further is None else [further[1]])]
+    if base.images is None or tuned.images is None or any(other.images is None for other in others):
         raise ValueError("comparisons: the evaluations hold no images; run them with keep_images=True")
-    if [(r.id, r.k) for r in base.records] != [(r.id, r.k) for r in tuned.records]:
+    if any([(r.id, r.k) for r in base.records] != [(r.id, r.k) for r in other.records] for other in others):
         raise ValueError("comparisons: needed two evaluations of the same prompts and images in the same order")
     rows: dict[str, dict[int, list[int]]] = {}
     for row, record in enumerate(base.records):
@@ -224,16 +236,27 @@ def comparisons(base: Evaluation, tuned: Evaluation, *, prompts_per_tag: int = 2
                     tuned=tuned.images[chosen],
                     base_passed=[bool(base.records[row].strict) for row in chosen],
                     tuned_passed=[bool(tuned.records[row].strict) for row in chosen],
+                    further=_third(further, chosen),
                 )
             )
     return result
 
 
+def _third(further: tuple[str, Evaluation] | None, chosen: Sequence[int]) -> tuple[str, Tensor, list[bool]] | None:
+    if further is None or further[1].images is None:
+        return None
+    name, found = further
+    assert found.images is not None
+    return name, found.images[list(chosen)], [bool(found.records[row].strict) for row in chosen]
+
+
 def _card(comparison: Comparison) -> dict[str, object]:
     sides = []
+    further = [] if comparison.further is None else [comparison.further]
     for name, images, passed in (
         ("base", comparison.base, comparison.base_passed),
         ("tuned", comparison.tuned, comparison.tuned_passed),
+        *further,
     ):
         if len(images) != len(passed) or len(images) != len(comparison.base):
             raise ValueError(f"comparison {comparison.prompt!r}: needed as many {name} images as verdicts, and as base images")
