@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowalign.core.distillation import Distiller, Settings
+from flowalign.core.distillation import Settings
+from flowalign.core.distiller import Distiller
 
 
 @dataclass(frozen=True, kw_only=True)

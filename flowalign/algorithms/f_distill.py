@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowalign.core.algorithm import Rows
-from flowalign.core.distillation import Distiller, Settings, State
+from flowalign.core.distillation import Settings, State
+from flowalign.core.distiller import Distiller
 from flowalign.core.ratios import RatioWeights, bins_of, density_weights, is_calibrated, log_ratio_of, quantile_edges, start_calibration
 
 _EDGE_DRAWS = 1024

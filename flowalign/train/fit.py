@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 
 from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
-from flowalign.core.distillation import DISCRIMINATOR, FAKE, Critic, Distillation, Pairs
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
@@ -26,10 +23,11 @@ from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.journal import Clock, Journal
 from flowalign.train.pairs import PairCollector
-from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_heads
+from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
+from flowalign.train.signals import stop_requests
 
 AVERAGE = "average"
 
@@ -103,7 +101,7 @@ class Trainer:
         )
         self.trained: dict[str, Player] = {CURRENT: denoiser, **self.heads}
         if isinstance(self.algorithm, Distillation):
-            self.trained[FAKE] = self._fake(self.algorithm.config.fake)
+            self.trained[FAKE] = build_fake(self.algorithm.config.fake, self.pipeline, self.accelerator)
         self.best = None if config.keep_best_by is None else Best(by=config.keep_best_by)
         self.may_move = not isinstance(self.algorithm, HasHeads | Distillation)  # whether critics have let the policy begin
         self.held_back = 0  # steps in which they have not
@@ -138,19 +136,6 @@ class Trainer:
             seed=self.seed,
             accelerator=self.accelerator,
             clock=self.clock,
-        )
-
-    def _fake(self, settings: Critic) -> Player:
-        """Make the fake score's player: an adapter on the denoiser, or a network of its own where all weights are trained."""
-        network = self.pipeline.roles.network(FAKE)
-        if network is not self.pipeline.roles.network(CURRENT):
-            self.pipeline.modules[FAKE] = self.accelerator.prepare(network)
-        parameters = self.pipeline.roles.trainable_parameters(FAKE)
-        return Player(
-            module=self.pipeline.modules.get(FAKE, self.pipeline.module),
-            parameters=parameters,
-            optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
-            learning_rate=settings.learning_rate,
         )
 
     @property
@@ -404,7 +389,7 @@ class Trainer:
             self.load_state_dict(state)
         journal = Journal(self.folder / "log.jsonl", start=start, steps=steps, show=main) if main else None
         try:
-            with _stop_requests() as stop:
+            with stop_requests() as stop:
                 self.clock.take()
                 for step in range(start, steps):
                     try:
@@ -453,30 +438,3 @@ def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone
-        return
-
-    previous: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        restore()
-        print("\nstopping after this step, its state is saved; the same again stops at once", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        restore()

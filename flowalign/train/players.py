@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import FEATURES, REFERENCE, HasHeads
+from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, HasHeads
 from flowalign.core.discriminators import Discriminator
-from flowalign.core.distillation import DISCRIMINATOR, TEACHER
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Critic
 from flowalign.train import checkpoint
 from flowalign.train.protocols import Pipeline
 
@@ -81,6 +81,20 @@ def build_discriminator(settings: Discriminator, pipeline: Pipeline, accelerator
         optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
         learning_rate=settings.learning_rate,
         bare=bare,
+    )
+
+
+def build_fake(settings: Critic, pipeline: Pipeline, accelerator: Accelerator) -> Player:
+    """Make the fake score's player: an adapter on the denoiser, or a network of its own where all weights are trained."""
+    network = pipeline.roles.network(FAKE)
+    if network is not pipeline.roles.network(CURRENT):
+        pipeline.modules[FAKE] = accelerator.prepare(network)
+    parameters = pipeline.roles.trainable_parameters(FAKE)
+    return Player(
+        module=pipeline.modules.get(FAKE, pipeline.module),
+        parameters=parameters,
+        optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
+        learning_rate=settings.learning_rate,
     )
 
 

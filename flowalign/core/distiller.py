@@ -1,0 +1,241 @@
+"""What DMD2 and f-distill share: their rows, what several networks make of them, and the players' losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.core.adversarial import approximate_r1, discriminator_loss, generator_loss
+from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Velocity, sample_number
+from flowalign.core.decays import Decay, constant
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, State
+from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, push, regress
+from flowalign.core.paths import interpolate, velocity_to_x0
+from flowalign.core.plans import Plan, ode
+from flowalign.core.randomness import normal, uniform
+
+
+@dataclass(frozen=True)
+class Distiller:
+    """Everything of DMD2 and f-distill but the weights.
+
+    A step has ``critic_updates`` updates of the critics and then one of the student, each on samples and noise of its own. In a
+    warm-up all of them are the student's.
+    """
+
+    config: Any  # a Settings; frozen dataclasses of algorithms narrow it
+
+    @property
+    def judges(self) -> bool:
+        """Whether there is a discriminator: a student that ignores it needs none."""
+        return bool(self.config.adversarial_weight > 0)
+
+    @property
+    def behaviour(self) -> str:
+        """The student samples."""
+        return CURRENT
+
+    @property
+    def num_updates(self) -> int:
+        """The critics', and one of the student."""
+        return int(self.config.critic_updates) + 1
+
+    @property
+    def roles(self) -> Mapping[str, Decay]:
+        """The teacher, which stays; nothing follows the student."""
+        return {REFERENCE: constant(1.0)}
+
+    def plan(self, step: int, num_steps: int, seed: int = 0) -> Plan:
+        """Sample by the ODE."""
+        return ode(num_steps)
+
+    def _is_warmup(self, update: Update) -> bool:
+        return update.step < self.config.warmup_steps
+
+    def _is_critics(self, update: Update) -> bool:
+        return update.index < self.config.critic_updates
+
+    def turns(self, update: Update, *, ready: bool) -> tuple[str, ...]:
+        """The student in a warm-up; else the critics, and at the end of the step the student, if it may."""
+        if self._is_warmup(update):
+            return (CURRENT,)
+        if self._is_critics(update):
+            return (FAKE, DISCRIMINATOR) if self.judges else (FAKE,)
+        return (CURRENT,) if ready else ()
+
+    def start(self) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def is_ready(self, state: State, held_back: int) -> bool:
+        """Let the student begin after the critics' own steps."""
+        return bool(held_back >= self.config.warmup_steps + self.config.least_steps)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------------------
+
+    def rows(self, experience: Pairs, update: Update) -> Rows:
+        """Lay out the update's share: pairs in a warm-up, else fresh noise for the student, a rung, and a noise level to compare at."""
+        config, key = self.config, update.key(self.num_updates)
+        chosen = (experience.share == update.index).nonzero().squeeze(1)
+        device, event = experience.x0.device, experience.x0.shape[1:]
+        sample = chosen.to(device)
+        sigmas = experience.sigmas.to(experience.x0)
+        x0 = experience.x0[sample]
+        if self._is_warmup(update):
+            columns = {"x": experience.noise[sample] * experience.spread, "sigma": sigmas[:1].expand(len(chosen)), "target": x0}
+            return Rows(sample=sample, columns=columns)
+        ids = experience.group[chosen], experience.sample[chosen]
+        samples = sample_number(*ids)
+
+        def drawn(purpose: str) -> Tensor:
+            noise = normal(event, seed=update.seed, purpose=purpose, step=key, prompts=experience.prompt[chosen], samples=samples)
+            return noise.to(experience.x0)
+
+        rung = int(uniform(seed=update.seed, purpose="student rung", step=key) * (len(sigmas) - 1))
+        columns = {
+            "first": drawn("student noise") * experience.spread,
+            "noise": drawn("matching noise"),
+            "sigma": config.levels(drawn_levels(experience, chosen, update, key=key)).to(experience.x0),
+            "rung": torch.full((len(chosen),), rung, device=device),
+            "sigmas": sigmas.expand(len(chosen), -1),
+        }
+        if self._is_critics(update) and self.judges:
+            columns |= {"real": x0}
+            if config.discriminator.r1 > 0:
+                columns |= {"disturbance": drawn("r1 noise")}
+        return Rows(sample=sample, columns=columns | ({} if self._is_critics(update) else {"student": torch.ones_like(columns["sigma"])}))
+
+    # -- networks -----------------------------------------------------------------------------------------------------------------
+
+    def generate(self, rows: Rows, velocity: Velocity) -> Tensor:
+        """Run the student to the rows' rung without gradient, and let it finish from there in one step.
+
+        The steps are Euler's on the pipeline's own grid, so that what is trained at a rung is what a pipeline of K steps computes there
+        ("backward simulation" of DMD2).
+        """
+        x, sigmas, rung = rows["first"], rows["sigmas"][0], int(rows["rung"][0])
+        for step in range(rung):
+            with torch.no_grad():
+                moved = velocity(x, rows["sigmas"][:, step], rows.sample, CURRENT)
+            x = x + (sigmas[step + 1] - sigmas[step]) * moved
+        return x + (sigmas[-1] - sigmas[rung]) * velocity(x, rows["sigmas"][:, rung], rows.sample, CURRENT)
+
+    def look(self, rows: Rows, velocity: Velocity) -> Rows:
+        """Let the student generate; for its own update ask teacher, fake score and discriminator what they make of it.
+
+        Where gradients are on, the student's pass is kept for its loss, so that it is made once.
+        """
+        if "target" in rows.columns:
+            return rows
+        if "student" not in rows.columns:
+            with torch.no_grad():
+                return replace(rows, columns={**rows.columns, "x0": self.generate(rows, velocity)})
+        x0 = self.generate(rows, velocity)
+        x, sigma = interpolate(x0, rows["noise"], rows["sigma"]), rows["sigma"]
+        columns = {**rows.columns, "x0": x0}
+        teacher = velocity(x if self.judges else x.detach(), sigma, rows.sample, REFERENCE).detach()
+        if self.judges:
+            columns["logits"] = velocity(x, sigma, rows.sample, DISCRIMINATOR)
+        x = x.detach()
+        with torch.no_grad():
+            fake = velocity_to_x0(velocity(x, sigma, rows.sample, FAKE), x, sigma)
+            own = velocity_to_x0(teacher, x, sigma)
+            guided = own
+            if self.config.guidance_scale > 1:
+                guided = velocity_to_x0(velocity(x, sigma, rows.sample, TEACHER), x, sigma)
+                columns["guidance"] = guided_part(own, guided, self.config.guidance_scale)
+            columns["matching"] = matching_direction(fake, own)
+            columns["scale"] = dmd_scale(x0, guided)
+        return replace(rows, columns=columns)
+
+    def weigh(self, parts: Sequence[Rows], state: State, reduce: Callable[[Tensor], Tensor]) -> tuple[list[Rows], State, dict[str, float]]:
+        """Weigh every sample alike."""
+        if "student" not in parts[0].columns:
+            return list(parts), state, {}
+        ones = [replace(part, columns={**part.columns, "weight": torch.ones_like(part["scale"])}) for part in parts]
+        return ones, state, {}
+
+    # -- losses -------------------------------------------------------------------------------------------------------------------
+
+    def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
+        """Return a player's loss of its update's rows."""
+        if player == FAKE:
+            return self._fake_loss(rows, velocity)
+        if player == DISCRIMINATOR:
+            return self._discriminator_loss(rows, velocity)
+        if "target" in rows.columns:
+            sigma = rows["sigma"]
+            predicted = velocity_to_x0(velocity(rows["x"], sigma, rows.sample, CURRENT), rows["x"], sigma)
+            value = regress(predicted, rows["target"])
+            return Loss(value=value, metrics={"pair_error": value.detach()})
+        return self._student_loss(rows, velocity)
+
+    def _fake_loss(self, rows: Rows, velocity: Velocity) -> Loss:
+        """Match the velocity of the student's own samples: plain flow matching."""
+        x = interpolate(rows["x0"], rows["noise"], rows["sigma"])
+        value = regress(velocity(x, rows["sigma"], rows.sample, FAKE), rows["noise"] - rows["x0"])
+        return Loss(value=value, metrics={f"{FAKE}/error": value.detach()})
+
+    def _discriminator_loss(self, rows: Rows, velocity: Velocity) -> Loss:
+        """Tell the teacher's samples from the student's, noised to the same level by the same noise."""
+        settings, sigma = self.config.discriminator, rows["sigma"]
+        kinds = [interpolate(rows[name], rows["noise"], sigma) for name in ("real", "x0")]
+        if settings.r1 > 0:
+            kinds.append(kinds[0] + settings.r1_noise * rows["disturbance"])
+        num = len(kinds)
+        logits = velocity(torch.cat(kinds), sigma.repeat(num), rows.sample.repeat(num), DISCRIMINATOR).chunk(num)
+        real, made = discriminator_loss(logits[0], logits[1])
+        value = real + made
+        right = ((logits[0] > 0).float() + (logits[1] < 0).float()).mean(1).detach() / 2
+        metrics = {f"{DISCRIMINATOR}/accuracy": right}
+        middle = (self.config.lowest_level + self.config.highest_level) / 2
+        for name, where in (("low", sigma <= middle), ("high", sigma > middle)):
+            metrics[f"{DISCRIMINATOR}/accuracy_{name}"] = torch.where(where, right, torch.nan)
+        if settings.r1 > 0:
+            penalty = approximate_r1(logits[0], logits[2])
+            value = value + settings.r1 * penalty
+            metrics[f"{DISCRIMINATOR}/r1"] = penalty.detach()
+        return Loss(value=value, metrics=metrics)
+
+    def _student_loss(self, rows: Rows, velocity: Velocity) -> Loss:
+        """Push samples from where the fake score sees them to where the teacher does, and towards what the discriminator holds for real."""
+        kept = rows["x0"].requires_grad
+        x0 = rows["x0"] if kept else self.generate(rows, velocity)
+        direction = rows["matching"] * _column(rows["weight"], x0)
+        if "guidance" in rows.columns:
+            direction = direction + rows["guidance"]
+        value = push(x0, direction, rows["scale"])
+        metrics = {"push": (rows["matching"].square().flatten(1).mean(1).sqrt() * rows["scale"]).detach()}
+        if self.judges:
+            logits = rows["logits"]
+            if not kept:
+                x = interpolate(x0, rows["noise"], rows["sigma"])
+                logits = velocity(x, rows["sigma"], rows.sample, DISCRIMINATOR)
+            adversarial = generator_loss(logits)
+            metrics["adversarial"] = adversarial.detach()
+            value = value + self.config.adversarial_weight * adversarial
+        return Loss(value=value, metrics=metrics)
+
+
+def guided_part(own: Tensor, guided: Tensor, scale: float) -> Tensor:
+    """Return the part of the direction that guidance adds, from the predictions without and with it: ``own - guided``.
+
+    ``guided = own + (scale - 1) * (own - unconditional)``, so that this is `guidance_direction` of the unconditional prediction.
+    """
+    unconditional = own - (guided - own) / (scale - 1)
+    return guidance_direction(own, unconditional, scale)
+
+
+def _column(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def drawn_levels(experience: Pairs, chosen: Tensor, update: Update, *, key: int) -> Tensor:
+    """Draw a number in [0, 1] for each row, keyed by prompt and sample; float64."""
+    samples = sample_number(experience.group[chosen], experience.sample[chosen])
+    draws = normal((1,), seed=update.seed, purpose="matching level", step=key, prompts=experience.prompt[chosen], samples=samples)
+    return torch.special.ndtr(draws.flatten().double())  # the normal law's own distribution function makes it uniform
