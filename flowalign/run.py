@@ -246,7 +246,10 @@ def _after_step(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[s
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
     told: set[str] = set()
-    trained = {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
+    measured = isinstance(config.algorithm, Settings)  # nothing is trained on rewards
+    trained = (
+        set() if measured else {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
+    )
 
     def watch(line: dict[str, Any], made: Tensor) -> None:
         if not lines:

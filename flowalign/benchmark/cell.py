@@ -17,6 +17,7 @@ from flowalign import config as configuration
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.spec import Cell
 from flowalign.core.algorithm import REFERENCE
+from flowalign.core.distillation import Distillation
 from flowalign.evaluate.drift import measure_drift
 from flowalign.evaluate.fidelity import relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation
@@ -27,6 +28,7 @@ from flowalign.run import build_trainer
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.fit import Trainer
 from flowalign.train.journal import write_atomically
+from flowalign.train.pairs import PairCollector
 
 RESULT, IMAGES = "result.json", "images.safetensors"
 _DRIFT_PROMPTS = 64
@@ -76,6 +78,8 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     base = load_file(folder.parent.parent / "base" / cell.reference / IMAGES)["images"] if cell.milestones else torch.empty(0)
     step, cost = 0, 0.0
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log, meter.attached():
+        if isinstance(trainer.collector, PairCollector):
+            trainer.collector.prepare()  # the teacher's samples are a part of the price, but not of a step's
         while meter.spent()[cell.unit] + cost <= cell.amount or step == 0:
             before, began = meter.spent()[cell.unit], time.perf_counter()
             line = trainer.step(step)
@@ -99,7 +103,8 @@ def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, chosen: Suite) 
     """Score the model as it is now, and measure how far it is from the base."""
     pipeline = trainer.pipeline
     assert isinstance(pipeline, FlowPipeline)
-    tuned = score_model(pipeline, chosen, num_steps=pipeline.num_steps, seed=0, title="tuned", role=trainer.result)
+    num_steps = trainer.algorithm.config.student_steps if isinstance(trainer.algorithm, Distillation) else pipeline.num_steps
+    tuned = score_model(pipeline, chosen, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     tuned.write(folder / "records.jsonl")
     prompts = list(dict.fromkeys(record.prompt for record in tuned.records))[:_DRIFT_PROMPTS]
     return {

@@ -302,6 +302,8 @@ class Trainer:
             if f"{name}/error" in metrics:
                 self.evidence[name] = self.evidence[name].after(metrics, name, window=WINDOW)
             metrics |= {f"{name}/explained": self.evidence[name].explained(), "held_back": self.held_back}
+        if isinstance(self.algorithm, Distillation):
+            metrics["held_back"] = self.held_back
         if "ratio_gap" in metrics:
             # On-policy only before the first update: there a gap is the rollout and the replay disagreeing.
             metrics["ratio_gap_first"] = made[0]["ratio_gap"]
