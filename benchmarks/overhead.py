@@ -32,6 +32,7 @@ from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 REFERENCE = "reference"
+LIMIT = 1.20  # of the median ratio; above it the command fails
 EVERY = [
     f"shapes_{name}"
     for name in ("awm", "flow_grpo", "tempflow", "fast", "mix_grpo", "guard", "dppo", "ddpo", "nft", "dgpo", "branch_grpo", "ac_flow")
@@ -206,6 +207,9 @@ def main() -> None:
         show(results[-1])
         if options.json:  # at once: a later configuration that fails loses nothing
             options.json.write_text(json.dumps({"hardware": hardware(), "versions": versions(), "results": results}, indent=2) + "\n")
+    above = [result["config"] for result in results if result["ratio"]["median"] > LIMIT]
+    if above:
+        raise SystemExit(f"more than {LIMIT} times the bare work: {', '.join(above)}")
 
 
 if __name__ == "__main__":

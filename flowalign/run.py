@@ -157,7 +157,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
     accelerator = _accelerator(config, cpu=pipeline is not None and pipeline.device.type == "cpu")
     # Built first: a mistake in the configuration must not claim a folder.
     trainer = build_trainer(config, accelerator, pipeline=pipeline)
-    with _alone_in(config.output) if accelerator.is_main_process else nullcontext():
+    with alone_in(config.output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             claim_folder(config)
         accelerator.wait_for_everyone()
@@ -184,7 +184,7 @@ def _memory(trainer: Trainer) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process trains in. The lock is the operating system's and ends with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

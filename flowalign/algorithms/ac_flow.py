@@ -8,7 +8,20 @@ from typing import Literal
 
 import torch
 
-from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, WINDOW, Experience, Loss, OnePolicy, Rows, Update, Velocity, share_of
+from flowalign.core.algorithm import (
+    CURRENT,
+    FEATURES,
+    REFERENCE,
+    WINDOW,
+    Experience,
+    Loss,
+    NeverReady,
+    OnePolicy,
+    Rows,
+    Update,
+    Velocity,
+    share_of,
+)
 from flowalign.core.decays import Decay, constant
 from flowalign.core.heads import Evidence, Head
 from flowalign.core.matching import image_advantage, matching_rows, permuted_levels
@@ -112,13 +125,13 @@ class ACFlow(OnePolicy):
         """Let the policy begin once the critic has explained enough of what it had not seen.
 
         Raises:
-            ValueError: If it was held back for ``patience`` steps.
+            NeverReady: If it was held back for ``patience`` steps.
         """
         config, seen = self.config, evidence[CRITIC]
         if config.least_steps == 0 or (len(seen) >= config.least_steps and seen.is_better_than(config.least_explained)):
             return True
         if held_back >= config.patience:
-            raise ValueError(
+            raise NeverReady(
                 f"ac_flow: in {held_back} steps the critic has not shown that it explains more than {config.least_explained:g} of the variance of "
                 f"rewards that it had not seen (over the last {len(seen)}: {seen.explained():.3f}), so the policy never moved; begin a run in another "
                 "folder with a higher critic.learning_rate or more train.groups, or with awm, which needs no critic"
@@ -140,14 +153,20 @@ class ACFlow(OnePolicy):
         chosen = share_of(experience, update, config.num_minibatches)
         levels = permuted_levels(experience, update, chosen, config.num_levels, key=key, purpose="ac_flow")
         shaped = image_advantage(experience, chosen, "ac_flow", clip=config.advantage_clip)
-        return matching_rows(experience, update, levels, shaped, chosen=chosen, key=key, purpose="ac_flow")
+        rows = matching_rows(experience, update, levels, shaped, chosen=chosen, key=key, purpose="ac_flow")
+        # In later epochs the critic has learnt these images: what it says of them then is no evidence.
+        fresh = torch.full_like(rows["sigma"], float(update.index < config.num_minibatches))
+        return replace(rows, columns={**rows.columns, "fresh": fresh})
 
     def loss(self, player: str, rows: Rows, velocity: Velocity) -> Loss:
         """Regress the critic, or weigh the matching error by what it did not see coming."""
         sigma, shaped = rows["sigma"], rows["advantage"]
         if player == CRITIC:
             error = (velocity(rows["features"], sigma, rows.sample, CRITIC) - shaped).square()
-            return Loss(value=error, metrics={"critic/error": error.detach(), "critic/target": shaped, "critic/square": shaped.square()})
+            told = {"error": error.detach(), "target": shaped, "square": shaped.square()}
+            return Loss(
+                value=error, metrics={f"critic/{name}": torch.where(rows["fresh"] > 0, value, torch.nan) for name, value in told.items()}
+            )
         config = self.config
         with torch.no_grad():
             value = velocity(rows["features"], sigma, rows.sample, CRITIC)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flowalign.core.algorithm import Rows
+from flowalign.core.algorithm import NeverReady, Rows
 from flowalign.core.distillation import Settings, State
 from flowalign.core.distiller import Distiller
 from flowalign.core.ratios import RatioWeights, bins_of, density_weights, is_calibrated, log_ratio_of, quantile_edges, start_calibration
@@ -59,7 +59,7 @@ class FDistill(Distiller):
         """Let the student begin once every bin's mean ratio is within a factor of 2 of 1, after the critics' own steps.
 
         Raises:
-            ValueError: If it was held back for longer than ``patience``.
+            NeverReady: If it was held back for longer than ``patience``.
         """
         config = self.config
         alone = held_back - config.warmup_steps
@@ -68,7 +68,7 @@ class FDistill(Distiller):
             return True
         if alone >= config.patience:
             means = ", ".join(f"{value:.2f}" for value in state["calibration"].tolist())
-            raise ValueError(
+            raise NeverReady(
                 f"f_distill: in {alone} steps of the critics alone the density ratio was not calibrated (mean ratios by noise level {means}, needed 0.5 to 2), "
                 "so the student never moved after its warm-up; lower discriminator.learning_rate or raise discriminator.r1, warm the student up for longer, "
                 "or take algorithm dmd2, which needs no ratio"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from flowalign import config as configuration
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.spec import Cell
-from flowalign.core.algorithm import REFERENCE
+from flowalign.core.algorithm import REFERENCE, NeverReady
 from flowalign.core.distillation import Distillation
 from flowalign.evaluate.drift import measure_drift
 from flowalign.evaluate.fidelity import relative_diversity, within_prompt_distance
-from flowalign.evaluate.records import Evaluation
+from flowalign.evaluate.records import Evaluation, read_evaluation
 from flowalign.evaluate.suites import ShapesSuite, Suite, suite
 from flowalign.generate import score_model, velocity_distance
 from flowalign.pipelines.base import FlowPipeline
@@ -76,15 +76,19 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     rewards: list[float] = []
     milestones: list[dict[str, Any]] = []
     base = load_file(folder.parent.parent / "base" / cell.reference / IMAGES)["images"] if cell.milestones else torch.empty(0)
-    step, cost = 0, 0.0
+    step, cost, images, failed = 0, 0.0, 0, ""
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log, meter.attached():
         if isinstance(trainer.collector, PairCollector):
             trainer.collector.prepare()  # the teacher's samples are a part of the price, but not of a step's
         while meter.spent()[cell.unit] + cost <= cell.amount or step == 0:
             before, began = meter.spent()[cell.unit], time.perf_counter()
-            line = trainer.step(step)
+            try:
+                line = trainer.step(step)
+            except (FloatingPointError, NeverReady) as error:
+                failed = str(error)  # an outcome of the method, and not of the machine
+                break
             meter.seconds += time.perf_counter() - began
-            cost, step = meter.spent()[cell.unit] - before, step + 1
+            cost, step, images = max(cost, meter.spent()[cell.unit] - before), step + 1, images + line["images"]
             if meter.spent()[cell.unit] > cell.amount and step == 1:
                 raise ValueError(f"budget: one step costs {cost:g} {cell.unit}, more than the {cell.amount:g} there are")
             rewards.append(sum(weight * value for weight, value in zip(weights, line["reward"].values(), strict=True)))
@@ -95,8 +99,30 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
             if cell.milestones and (ends or due):
                 with meter.pause():
                     milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, base, trainer, chosen)})
+    if failed and cell.milestones:
+        # It counts with what was last measured: leaving it out would let a method that diverges look like its best seeds.
+        last_known = milestones[-1] if milestones else _untrained(folder, base, folder.parent.parent / "base" / cell.reference, chosen)
+        milestones.append({**last_known, "step": step, "spent": meter.spent()})
+    if not failed and not trainer.may_move:
+        failed = f"the policy never moved: its critic held it back for all {step} steps"
     last = rewards[-max(1, len(rewards) // 4) :]
-    return {"steps": step, "spent": meter.spent(), "reward": sum(last) / len(last), "milestones": milestones}
+    return {
+        "steps": step,
+        "updates": step * trainer.algorithm.num_updates,
+        "images": images,
+        "spent": meter.spent(),
+        "reward": sum(last) / len(last) if last else None,
+        "failed": failed,
+        "milestones": milestones,
+    }
+
+
+def _untrained(folder: Path, base: torch.Tensor, scored: Path, chosen: Suite) -> dict[str, Any]:
+    """Return what a run that failed before it was measured counts with: the base's own scores."""
+    found = replace(read_evaluation(scored / "records.jsonl"), images=base)
+    found.write(folder / "records.jsonl")
+    scores = {measure: found.scores(measure).overall.mean for measure in ("strict", "graded")}
+    return {**scores, "velocity_distance": 0.0, **_compare_images(base, found, chosen)}
 
 
 def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, chosen: Suite) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,15 +54,30 @@ def write_benchmark(
     notes = [
         "Intervals: 95 %, Student's t over training seeds, but those of gains over the base and of 'minus' columns: these are over prompts, all seeds "
         "pooled, and do not cover new seeds.",
-        "Every run stops before the step that would exceed the budget. A row that is differentiated counts as three evaluations.",
+        "Runs stop where a step as dear as their dearest would exceed the budget. A row that is differentiated counts as three evaluations; decoding "
+        "and scoring images count nothing but in seconds.",
         "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
+        *(
+            ["The price of a score leaves the search out; a score is reached where a run stays at it to the end."]
+            if config.target is not None
+            else []
+        ),
+        *(f"Failed: {cell.method}, seed {cell.seed}: {result['failed']}" for cell, result in results if result.get("failed")),
         *([f"Not finished: {'; '.join(missing)}."] if missing else []),
         *([f"No trial of the search finished, so not run: {', '.join(left_out)}."] if left_out else []),
     ]
     head = f"{config.budget.amount:g} {config.budget.unit} a run, seeds {list(config.seeds)}; {_base_line(config)}"
     text = "\n\n".join([head, *(_markdown(table) for table in tables), *notes])
     write_atomically(config.output / "results.md", text + "\n")
-    write_atomically(config.output / "results.json", json.dumps([result for _, result in results], indent=2) + "\n")
+    written = {
+        "configuration": configuration.encode(config),
+        "versions": versions(),
+        "hardware": hardware(),
+        "tables": [{"title": table.title, "columns": list(table.columns), "rows": [list(row) for row in table.rows]} for table in tables],
+        "notes": notes,
+        "runs": [result for _, result in results],
+    }
+    write_atomically(config.output / "results.json", json.dumps(written, indent=2) + "\n")
     print(f"\n{text}\n")
     report = Report(
         title="Methods at equal compute",
@@ -102,7 +118,7 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
     rows = []
     for method, runs in by_method.items():
         if not runs:
-            rows.append([method, "0", *[""] * 5])
+            rows.append([method, "0", *[""] * 7])
             continue
         last = [result["milestones"][-1] for _, result in runs]
         other = others[method]
@@ -119,10 +135,11 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
                 versus,
                 f"{sum(spent) / len(spent):.3g}",
                 f"{sum(steps) / len(steps):.0f}",
+                *(_average(runs, key) for key in ("updates", "images")),
             ]
         )
     against = "gain less that of the line above, over seeds" if reference == PREVIOUS else f"minus {reference}"
-    columns = ("method", "seeds", "strict score", "gain over the base", against, "evaluations", "steps")
+    columns = ("method", "seeds", "strict score", "gain over the base", against, "evaluations", "steps", "updates", "images")
     return Table(title="Score at the end of the budget", columns=columns, rows=rows)
 
 
@@ -136,21 +153,22 @@ def _drift(config: BenchmarkConfig, by_method: Runs) -> Table:
 
 
 def price(milestones: Sequence[Mapping[str, Any]], start: float, target: float, unit: str) -> float | None:
-    """Return the compute at which a run first reached a score, linear between milestones; None if it did not.
+    """Return the compute from which a run has a score to its end, linear between milestones; None if it ends below.
+
+    A first crossing would be one of noise: with few images a score swings by more than a step gains.
 
     Examples:
         >>> price([{"strict": 0.5, "spent": {"evaluations": 100.0}}, {"strict": 0.7, "spent": {"evaluations": 200.0}}], 0.3, 0.6, "evaluations")
         150.0
     """
-    if start >= target:
+    course = [(0.0, start), *((float(milestone["spent"][unit]), float(milestone["strict"])) for milestone in milestones)]
+    below = [number for number, (_, score) in enumerate(course) if score < target]
+    if not below:
         return 0.0
-    at, score = 0.0, start
-    for milestone in milestones:
-        then, reached = float(milestone["spent"][unit]), float(milestone["strict"])
-        if reached >= target:
-            return at + (then - at) * (target - score) / (reached - score)
-        at, score = then, reached
-    return None
+    if below[-1] + 1 == len(course):
+        return None
+    (at, score), (then, reached) = course[below[-1] : below[-1] + 2]
+    return at + (then - at) * (target - score) / (reached - score)
 
 
 def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
@@ -158,24 +176,30 @@ def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
     rows = []
     for method, runs in by_method.items():
         starts = [_base_of(config, cell).scores().overall.mean for cell, _ in runs]
-        for_unit = {
-            unit: [price(result["milestones"], start, config.target, unit) for (_, result), start in zip(runs, starts, strict=True)]
-            for unit in ("evaluations", "seconds")
-        }
-        reached = sum(value is not None for value in for_unit["evaluations"])
-        cells = []
-        for found in for_unit.values():
-            known = [value for value in found if value is not None]
-            # An interval over the seeds that got there would be too kind to a method that often does not.
-            cells.append(
-                _over_seeds(known, "{:.3g}") if known and reached == len(runs) else "" if not known else f"{min(known):.3g} at best"
-            )
-        rows.append([method, f"{reached} of {len(runs)}", *cells])
+        unit = config.budget.unit
+        found = [price(result["milestones"], start, config.target, unit) for (_, result), start in zip(runs, starts, strict=True)]
+        known = [value for value in found if value is not None]
+        # An interval over the seeds that got there would be too kind to a method that often does not.
+        told = _on_log_scale(known) if known and len(known) == len(runs) else "" if not known else f"{min(known):.3g} at best"
+        rows.append([method, f"{len(known)} of {len(runs)}", told])
     return Table(
-        title=f"Price of a strict score of {config.target:g}",
-        columns=("method", "seeds that reached it", "evaluations", "seconds"),
-        rows=rows,
+        title=f"Price of a strict score of {config.target:g}", columns=("method", "seeds that reached it", config.budget.unit), rows=rows
     )
+
+
+def _on_log_scale(values: Sequence[float]) -> str:
+    """Return the geometric mean with its interval over seeds: a price is positive."""
+    if min(values) <= 0:
+        return f"{_mean(values):.3g} [no interval]"
+    found = seed_interval([math.log(value) for value in values])
+    if found.low is None or found.high is None:
+        return f"{math.exp(found.mean):.3g} [no interval]"
+    return f"{math.exp(found.mean):.3g} [{math.exp(found.low):.3g}, {math.exp(found.high):.3g}]"
+
+
+def _average(runs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:
+    known = [float(result[key]) for _, result in runs if key in result]
+    return f"{_mean(known):.0f}" if known else ""
 
 
 def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -183,8 +207,12 @@ def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str
     for cell, point in zip(trials, [point for method in config.methods for point in config.search.points()], strict=True):
         result = read_result(config, cell)
         words = ", ".join(f"{key} {value}" for key, value in point.items())
-        reward = "not finished" if result is None else f"{result['reward']:.4f}"
+        reward = "not finished" if result is None else "failed" if result.get("failed") else f"{result['reward']:.4f}"
         rows.append([cell.method, words, reward, "chosen" if point == chosen.get(cell.method) else ""])
+    for method in config.methods:
+        mine = [row for row in rows if row[0] == method]
+        if len(mine) > 1 and len({row[2] for row in mine}) == 1:
+            mine[0][3] = "the first of equals: no choice"
     caption = f"Seed {config.search.seed}, {config.search.share:.0%} of the budget each; by the mean training reward of the last quarter."
     return Table(title="What was searched", columns=("method", "tried", "training reward", ""), rows=rows, caption=caption)
 
@@ -202,11 +230,14 @@ def _charts(config: BenchmarkConfig, by_method: Runs) -> list[Chart]:
         scores = [seed_interval(values) for values in [starts, *([m["strict"] for m in column] for column in columns)]]
         compute.append(_curve(method, x, scores))
         distance = [0.0, *(_mean([milestone["velocity_distance"] for milestone in column]) for column in columns)]
-        drift.append(Curve(name=method, x=distance, y=[score.mean for score in scores]))
+        drift.append(_curve(method, distance, scores))
     return [
         Chart(title="Strict score against compute", curves=compute, x_label=unit, caption="Mean and 95 % interval over training seeds."),
         Chart(
-            title="Strict score against drift", curves=drift, x_label="velocity distance to the base", caption="Mean over training seeds."
+            title="Strict score against drift",
+            curves=drift,
+            x_label="velocity distance to the base",
+            caption="Mean and 95 % interval over training seeds, of the score; mean distance.",
         ),
     ]
 
@@ -236,7 +267,7 @@ def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs
     if not pairs:
         return ""
     found = compare_runs(pairs)
-    return f"{found.overall}, p = {found.p_value:.3f}"
+    return f"{found.overall}, p = {found.p_value:.3f}; over seeds {_added(config, reference, runs)}"
 
 
 def _added(config: BenchmarkConfig, before: Sequence[tuple[Cell, Any]], runs: Sequence[tuple[Cell, Any]]) -> str:

@@ -189,6 +189,10 @@ class BenchmarkConfig:
         Raises:
             ConfigError: Names the method.
         """
+        if self.suite.name != "shapes":
+            raise ConfigError(
+                f"suite.name: got {self.suite.name!r}; benchmarks score on the shapes suite so far (flowalign evaluate scores a run on others)"
+            )
         for method in self.methods:
             for point in self.search.points():
                 try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from flowalign.benchmark.report import write_benchmark
 from flowalign.benchmark.spec import BenchmarkConfig, Cell, load_benchmark
 from flowalign.benchmark.store import folder_of, read_result
+from flowalign.run import alone_in
 from flowalign.run_config import find_config
 from flowalign.train.journal import write_atomically
 
@@ -42,7 +46,29 @@ def benchmark(name: str, overrides: Sequence[str] = (), *, jobs: int = 1, thread
     config = load_benchmark(find_config(name), list(overrides))
     if config.budget.unit == "seconds" and jobs > 1:
         raise ValueError("budget.seconds: cells that run beside one another disturb each other's time; use --jobs 1 or another budget")
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    with alone_in(config.output), _ended_by_sigterm():
+        return _study(config, jobs=jobs, threads=threads or max(1, (os.cpu_count() or 1) // jobs))
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a study as Ctrl-C does, cells included; left to itself it would orphan them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _study(config: BenchmarkConfig, *, jobs: int, threads: int) -> Path:
+    """Run what has not finished, and report."""
     bases = config.bases()
     _run(bases, config, jobs=jobs, threads=threads, title="bases")
     for cell in bases:
@@ -59,12 +85,13 @@ def benchmark(name: str, overrides: Sequence[str] = (), *, jobs: int = 1, thread
 
 
 def _best(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:
-    """Return the search's best point by training reward, in which the held-out suite has no part; None where no trial finished."""
+    """Return the search's best point by training reward, in which the held-out suite has no part; None where no trial finished well."""
     points = config.search.points()
     if len(points) == 1:
         return points[0]
     results = [read_result(config, cell) for cell in config.trials(method)]
-    rewards = [(result["reward"], -number) for number, result in enumerate(results) if result is not None]
+    whole = [(number, result) for number, result in enumerate(results) if result is not None and not result.get("failed")]
+    rewards = [(result["reward"], -number) for number, result in whole]
     return points[-max(rewards)[1]] if rewards else None
 
 

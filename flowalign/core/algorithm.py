@@ -169,6 +169,10 @@ class Algorithm(Protocol):
 WINDOW = 20  # steps of evidence
 
 
+class NeverReady(ValueError):
+    """Critics did not let the policy begin for as long as an algorithm waits."""
+
+
 @runtime_checkable
 class HasHeads(Protocol):
     """An algorithm with small networks of its own, players that read the frozen base's features, such as a critic.
@@ -193,7 +197,7 @@ class HasHeads(Protocol):
             held_back: Steps in which the policy was held back so far.
 
         Raises:
-            ValueError: If that has gone on for too long; says how to mend it.
+            NeverReady: If that has gone on for too long; says how to mend it.
         """
         ...
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowalign.algorithms import ac_flow, awm
-from flowalign.core.algorithm import Experience, HasHeads
+from flowalign.core.algorithm import Experience, HasHeads, Update
 from flowalign.core.heads import Evidence, Head
 from flowalign.core.paths import interpolate
 from flowalign.core.rollout import Trajectory, Transitions

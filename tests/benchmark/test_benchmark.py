@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -97,6 +98,7 @@ def in_process(monkeypatch):
         ({"search": {"grid": {"train.learning_rate": [1e-3, 1e-4]}, "seed": 1}}, "a search on them would favour"),
         ({"search": {"grid": {"train.learning_rate": [1e-3, -1.0]}}}, "methods.awm: .*learning_rate: got -1"),
         ({"sede": [1]}, "did you mean 'seeds'"),
+        ({"suite": {"name": "shpes"}}, "suite.name: got 'shpes'"),
     ],
 )
 def test_a_benchmark_that_cannot_be_meant_is_refused_before_it_begins(write, changes, message):
@@ -179,8 +181,8 @@ def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in
     assert "Strict score against compute" in text
     assert "Strict score against drift" in text
     shown = capsys.readouterr().out
-    assert shown.count("chosen |") == 2
-    assert "| awm | 0 of 2 |  |  |" in shown
+    assert shown.count("chosen |") + shown.count("the first of equals") == 2
+    assert "| awm | 0 of 2 |  |" in shown
     config = load_benchmark(path, [])
     cells = [cell for method in config.methods for cell in config.trials(method)]
     rewards = [read_result(config, cell)["reward"] for cell in cells]
@@ -195,7 +197,7 @@ def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in
     study.benchmark(str(chain))
     shown = capsys.readouterr().out
     assert "gain less that of the line above, over seeds" in shown
-    results = json.loads((config.output / "results.json").read_text())
+    results = json.loads((config.output / "results.json").read_text())["runs"]
     strict = [[result["milestones"][-1]["strict"] for result in results[first : first + 2]] for first in (0, 2)]
     # Both have one base, so that the difference of gains is that of scores.
     added = [two - one for one, two in zip(*strict, strict=True)]
@@ -268,7 +270,84 @@ def test_the_price_of_a_score():
         {"strict": 0.4, "spent": {"flops": 20.0}},
         {"strict": 0.8, "spent": {"flops": 30.0}},
     ]
-    assert price(course, 0.2, 0.35, "flops") == pytest.approx(5.0)
+    assert price(course, 0.2, 0.35, "flops") == pytest.approx(5.0)  # never below it again
+    assert price(course, 0.2, 0.45, "flops") == pytest.approx(21.25)  # what was reached at 20 was lost again
     assert price(course, 0.2, 0.6, "flops") == pytest.approx(25.0)
     assert price(course, 0.2, 0.9, "flops") is None
     assert price(course, 0.4, 0.4, "flops") == 0.0
+
+
+def test_a_run_that_diverges_counts_with_what_was_last_measured(write, in_process, monkeypatch, capsys):
+    from flowalign.train.fit import Trainer
+
+    path = write(seeds=[0, 1], milestones=2, target=0.9)
+    honest = Trainer.step
+
+    def diverge(self, step):
+        if self.seed == 1 and type(self.algorithm).__name__ == "AWM" and step == 1:
+            raise FloatingPointError("the loss is nan")
+        return honest(self, step)
+
+    monkeypatch.setattr(Trainer, "step", diverge)
+    study.benchmark(str(path))
+    shown = capsys.readouterr().out
+    assert "Failed: awm, seed 1: the loss is nan" in shown
+    config = load_benchmark(path, [])
+    result = read_result(config, config.final("awm", {}, 1))
+    assert result["steps"] == 1
+    base = read_evaluation(config.output / "base" / config.final("awm", {}, 1).reference / "records.jsonl").scores().overall.mean
+    assert result["milestones"][-1]["strict"] == base
+    assert "| awm | 2 |" in shown
+    assert "| awm | 0 of 2 |" in shown
+
+
+def test_equal_trials_are_no_choice_and_are_said_to_be_none(write, in_process, capsys):
+    # One step each: its reward is of the model before it.
+    path = write(seeds=[0], budget={"evaluations": 100}, search={"grid": {"train.learning_rate": [1e-4, 1e-2]}, "share": 1.0})
+    study.benchmark(str(path))
+    assert capsys.readouterr().out.count("the first of equals: no choice") == 2
+
+
+def test_two_studies_in_one_folder_are_refused(write, in_process):
+    from flowalign.run import alone_in
+
+    path = write(seeds=[0])
+    with alone_in(load_benchmark(path, []).output), pytest.raises(ConfigError, match="another process"):
+        study.benchmark(str(path))
+
+
+def test_each_line_of_the_factor_study_changes_one_factor():
+    """But for the algorithm's own fields where the algorithm itself changes."""
+    from flowalign import config as configuration
+    from flowalign.run_config import find_config, load_config
+
+    config = load_benchmark(find_config("benchmark_factors"), [])
+    changed = {
+        "without guidance": {"pipeline.guidance_scale"},
+        "fewer trained steps": set(),
+        "matching surrogate": set(),
+        "ODE sampler": {"algorithm.noise_level"},
+        "AWM's weighting": {"algorithm.weighting"},
+        "twice the updates": {"algorithm.num_minibatches"},
+        "penalty": {"algorithm.reference_penalty"},
+        "average": {"train.ema_decay"},
+        "half the batch": {"train.groups"},
+    }
+    lines = {}
+    for method in config.methods:
+        cell = config.final(method, {"train.learning_rate": 1e-3}, 0)
+        lines[method] = flat(configuration.encode(load_config(cell.base, cell.arguments(Path("run")))))
+    names = list(lines)
+    assert list(changed) == names[1:]
+    for before, after in zip(names, names[1:], strict=False):
+        one, two = lines[before], lines[after]
+        found = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)} - {"steps"}
+        if one["algorithm.type"] != two["algorithm.type"]:
+            found = {key for key in found if not key.startswith("algorithm.")}
+        assert found == changed[after], after
+
+
+def flat(value, prefix=""):
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}.{name}".strip(".")).items()}

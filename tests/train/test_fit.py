@@ -393,10 +393,10 @@ def test_samples_that_are_not_kept_have_no_part_in_the_loss(write_config):
     rows = built.algorithm.rows(experience, update)
 
     def gradient_of(rows, keep):
-        sums, count = built._backward("current", rows.split(built.config.micro_batch_size), found.velocity, keep)
+        sums, _ = built._backward("current", rows.split(built.config.micro_batch_size), found.velocity, keep)
         flat = torch.cat([p.grad.flatten() for p in built.parameters])
         built.optimizer.zero_grad(set_to_none=True)
-        return flat, {name: float(value) / count for name, value in sums.items()}
+        return flat, {name: float(total / number) for name, (total, number) in sums.items()}
 
     keep = torch.tensor([True, False, True, True, False, True, True, False])
     alone = rows.take(keep[rows.sample].nonzero()[:, 0])
