@@ -185,13 +185,13 @@ def _memory(trainer: Trainer) -> str:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process trains in. The lock is the operating system's and ends with the process, however that ends."""
+    """Refuse a folder that another process works in. The lock is the operating system's and ends with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
             yield
     except Timeout as error:
-        raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or choose another --output") from error
+        raise ConfigError(f"{folder}: another process works in this folder; wait for it, or choose another --output") from error
 
 
 def _check_trackers(names: Sequence[str]) -> None:

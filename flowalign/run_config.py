@@ -13,6 +13,7 @@ import yaml
 from flowalign import config as configuration
 from flowalign import data, plugins, shapes
 from flowalign.config import ConfigError, Plugin
+from flowalign.core.distillation import Settings
 from flowalign.train.journal import write_atomically
 from flowalign.train.settings import TrainConfig
 
@@ -124,7 +125,7 @@ class RunConfig:
         """Refuse a run that cannot begin."""
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, needed at least 1")
-        if getattr(self.algorithm, "needs_rewards", True) and not any(entry.weight > 0 for entry in self.rewards):
+        if not isinstance(self.algorithm, Settings) and not any(entry.weight > 0 for entry in self.rewards):
             raise ValueError("rewards: got none of positive weight, needed at least one")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,16 +109,20 @@ def tap(
         blocks = blocks_at(network, places)
 
         def keep(number: int, output: Any) -> None:
-            parts = [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
-            seen[number] = _tokens(parts[-1] if parts else None, places[number], len(x))
+            parts = _tensors(output)
+            if not parts or not _is_laid_out(parts[-1], len(x)):
+                raise ValueError(
+                    f"discriminator.taps: the block at {places[number]!r} gives {[list(part.shape) for part in parts]} for {len(x)} samples, needed last "
+                    "[samples, tokens, channels] or [samples, channels, height, width]; choose another block, or algorithm dmd2 with adversarial_weight 0"
+                )
+            seen[number] = _tokens(parts[-1])
             if not whole and len(seen) == len(blocks):
                 raise _Enough
 
         handles = [block.register_forward_hook(lambda module, args, output, at=at: keep(at, output)) for at, block in enumerate(blocks)]
         try:
-            velocity = flow.replayed(network, x, sigma, cond)
-        except _Enough:
-            pass
+            with suppress(_Enough):  # raised by `keep` alone, after the last tap
+                velocity = flow.replayed(network, x, sigma, cond)
         finally:
             for handle in handles:
                 handle.remove()
@@ -134,7 +138,7 @@ def blocks_at(network: nn.Module, places: Sequence[float | str]) -> list[nn.Modu
     Raises:
         ValueError: If a name is not there, with the nearest ones.
     """
-    names = dict(network.named_modules())
+    names = dict(network.named_modules()) if any(isinstance(place, str) for place in places) else {}
     found = []
     for place in places:
         if not isinstance(place, str):
@@ -161,13 +165,18 @@ def _plain(network: nn.Module) -> Iterator[None]:
             network.enable_gradient_checkpointing()
 
 
-def _tokens(output: Tensor | None, place: float | str, rows: int) -> Tensor:
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors among what a block gives."""
+    return [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+
+
+def _is_laid_out(output: Tensor, rows: int) -> bool:
+    """Tell whether an output holds so many samples apart: ``[samples, tokens, channels]`` or ``[samples, channels, height, width]``."""
+    return output.ndim in (3, 4) and len(output) == rows
+
+
+def _tokens(output: Tensor) -> Tensor:
     """Lay an output out as ``[samples, tokens, channels]``."""
-    if output is None or output.ndim not in (3, 4) or len(output) != rows:
-        raise ValueError(
-            f"discriminator.taps: the block at {place!r} gives {None if output is None else list(output.shape)} for {rows} samples, needed "
-            "[samples, tokens, channels] or [samples, channels, height, width]; choose another block, or algorithm dmd2 with adversarial_weight 0"
-        )
     return output.float() if output.ndim == 3 else output.float().flatten(2).transpose(1, 2)
 
 
@@ -177,7 +186,7 @@ def _watched(block: nn.Module) -> Iterator[list[list[Tensor]]]:
     seen: list[list[Tensor]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append([part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)])
+        seen.append(_tensors(output))
 
     handle = block.register_forward_hook(keep)
     try:
@@ -188,11 +197,11 @@ def _watched(block: nn.Module) -> Iterator[list[list[Tensor]]]:
 
 def _pooled(rule: CallRule, outputs: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
     for output in outputs:
-        if output.ndim not in (3, 4) or len(output) != rule.copies * rows:
+        if not _is_laid_out(output, rule.copies * rows):
             raise ValueError(
                 f"features: the middle block gives {list(output.shape)} for {rule.copies * rows} samples, needed [samples, tokens, channels] or "
                 "[samples, channels, height, width]; use an algorithm without a critic"
             )
-        tokens = output.float() if output.ndim == 3 else output.float().flatten(2).transpose(1, 2)
+        tokens = _tokens(output)
         pooled = torch.cat([tokens.mean(1), tokens.std(1, correction=0)], 1)
         yield from pooled.chunk(rule.copies)

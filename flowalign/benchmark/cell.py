@@ -17,12 +17,11 @@ from flowalign import config as configuration
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.spec import Cell
 from flowalign.core.algorithm import REFERENCE, NeverReady
-from flowalign.core.distillation import Distillation
 from flowalign.evaluate.drift import measure_drift
 from flowalign.evaluate.fidelity import relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation, read_evaluation
 from flowalign.evaluate.suites import ShapesSuite, Suite, suite
-from flowalign.generate import score_model, velocity_distance
+from flowalign.generate import score_model, student_steps, velocity_distance
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import build_trainer
 from flowalign.run_config import RunConfig, load_config
@@ -76,6 +75,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     rewards: list[float] = []
     milestones: list[dict[str, Any]] = []
     base = load_file(folder.parent.parent / "base" / cell.reference / IMAGES)["images"] if cell.milestones else torch.empty(0)
+    num_steps = student_steps(config) or trainer.pipeline.num_steps
     step, cost, images, failed = 0, 0.0, 0, ""
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log, meter.attached():
         if isinstance(trainer.collector, PairCollector):
@@ -98,7 +98,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
             due = cell.milestones and meter.spent()[cell.unit] >= cell.amount * (len(milestones) + 1) / cell.milestones
             if cell.milestones and (ends or due):
                 with meter.pause():
-                    milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, base, trainer, chosen)})
+                    milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, base, trainer, num_steps, chosen)})
     if failed and cell.milestones:
         # It counts with what was last measured: leaving it out would let a method that diverges look like its best seeds.
         last_known = milestones[-1] if milestones else _untrained(folder, base, folder.parent.parent / "base" / cell.reference, chosen)
@@ -125,11 +125,10 @@ def _untrained(folder: Path, base: torch.Tensor, scored: Path, chosen: Suite) ->
     return {**scores, "velocity_distance": 0.0, **_compare_images(base, found, chosen)}
 
 
-def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, chosen: Suite) -> dict[str, Any]:
+def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, num_steps: int, chosen: Suite) -> dict[str, Any]:
     """Score the model as it is now, and measure how far it is from the base."""
     pipeline = trainer.pipeline
     assert isinstance(pipeline, FlowPipeline)
-    num_steps = trainer.algorithm.config.student_steps if isinstance(trainer.algorithm, Distillation) else pipeline.num_steps
     tuned = score_model(pipeline, chosen, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     tuned.write(folder / "records.jsonl")
     prompts = list(dict.fromkeys(record.prompt for record in tuned.records))[:_DRIFT_PROMPTS]

@@ -118,7 +118,7 @@ class Loss:
 
     Shapes:
         value: ``[rows]`` float32 with gradient.
-        metrics: name to ``[rows]``, detached.
+        metrics: name to ``[rows]``, detached; NaN where it says nothing of a row, which is left out of the mean.
     """
 
     value: Tensor

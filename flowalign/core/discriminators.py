@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.core.adamw import AdamW
 from flowalign.core.randomness import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Discriminator:
+class Discriminator(AdamW):
     """What judges samples, and how it is trained.
 
     Attributes:
         taps: Blocks of the denoiser that are read: a share of its depth, or a module's name. Published for transformers: 0.5, 0.75 and 0.99; for
             U-Nets the middle block alone ("mid_block").
         width: Units of each head's hidden layers.
-        learning_rate: Of its AdamW, after the warm-up of the run.
-        betas: Of its AdamW.
-        weight_decay: Of its AdamW.
         r1: Weight of the approximate R1 penalty; 0 for none, which saves a pass.
         r1_noise: Size of the disturbance that the penalty compares with.
     """
 
     taps: tuple[float | str, ...] = (0.5, 0.75, 0.99)
     width: int = 64
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
     r1: float = 0.0
     r1_noise: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that cannot be meant."""
+        super().__post_init__()
         if not self.taps or any(not isinstance(tap, str) and not 0 <= tap < 1 for tap in self.taps):
             raise ValueError(
                 f"discriminator: taps: got {list(self.taps)}, needed shares of the depth in [0, 1) or names of modules, at least one"
             )
-        if self.width < 1 or not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("discriminator: width and learning_rate must be positive and weight_decay not negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"discriminator: betas: got {list(self.betas)}, needed two values in [0, 1)")
+        if self.width < 1:
+            raise ValueError(f"discriminator: width: got {self.width}, needed at least 1")
         if self.r1 < 0 or self.r1_noise <= 0:
             raise ValueError(f"discriminator: got r1 {self.r1} and r1_noise {self.r1_noise}, needed at least 0 and a positive size")
 

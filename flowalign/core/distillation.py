@@ -5,14 +5,14 @@ All are one network: the teacher is the frozen base, fake score and student are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from flowalign.core.adamw import AdamW
 from flowalign.core.algorithm import Rows, Velocity
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.schedules import shift_sigmas
@@ -54,28 +54,6 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Critic:
-    """How the fake score is trained.
-
-    Attributes:
-        learning_rate: Of its AdamW, after the warm-up of the run.
-        betas: Of its AdamW.
-        weight_decay: Of its AdamW.
-    """
-
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Refuse rates that cannot be meant."""
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("fake: learning_rate must be positive and weight_decay not negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"fake: betas: got {list(self.betas)}, needed two values in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every distillation can be told.
 
@@ -93,11 +71,9 @@ class Settings:
         highest_level: and this,
         level_shift: uniform before a shift as schedules have it; 1 for none, more for noisier levels.
         adversarial_weight: Of the student's loss against the discriminator.
-        fake: Rates of the fake score.
+        fake: How the fake score is trained.
         discriminator: What judges, and how it is trained.
     """
-
-    needs_rewards: ClassVar[bool] = False
 
     student_steps: int = 1
     guidance_scale: float = 1.0
@@ -111,7 +87,7 @@ class Settings:
     highest_level: float = 0.98
     level_shift: float = 1.0
     adversarial_weight: float = 1e-3
-    fake: Critic = field(default_factory=Critic)
+    fake: AdamW = field(default_factory=AdamW)
     discriminator: Discriminator = field(default_factory=Discriminator)
 
     def __post_init__(self) -> None:

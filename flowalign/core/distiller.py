@@ -14,6 +14,7 @@ from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Vel
 from flowalign.core.decays import Decay, constant
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, State
 from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, push, regress
+from flowalign.core.matching import uniform_rows
 from flowalign.core.paths import interpolate, velocity_to_x0
 from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal, uniform
@@ -88,8 +89,7 @@ class Distiller:
         if self._is_warmup(update):
             columns = {"x": experience.noise[sample] * experience.spread, "sigma": sigmas[:1].expand(len(chosen)), "target": x0}
             return Rows(sample=sample, columns=columns)
-        ids = experience.group[chosen], experience.sample[chosen]
-        samples = sample_number(*ids)
+        samples = sample_number(experience.group[chosen], experience.sample[chosen])
 
         def drawn(purpose: str) -> Tensor:
             noise = normal(event, seed=update.seed, purpose=purpose, step=key, prompts=experience.prompt[chosen], samples=samples)
@@ -99,7 +99,9 @@ class Distiller:
         columns = {
             "first": drawn("student noise") * experience.spread,
             "noise": drawn("matching noise"),
-            "sigma": config.levels(drawn_levels(experience, chosen, update, key=key)).to(experience.x0),
+            "sigma": config.levels(uniform_rows(1, experience, update, chosen, key=key, purpose="matching level").flatten()).to(
+                experience.x0
+            ),
             "rung": torch.full((len(chosen),), rung, device=device),
             "sigmas": sigmas.expand(len(chosen), -1),
         }
@@ -147,7 +149,7 @@ class Distiller:
             guided = own
             if self.config.guidance_scale > 1:
                 guided = velocity_to_x0(velocity(x, sigma, rows.sample, TEACHER), x, sigma)
-                columns["guidance"] = guided_part(own, guided, self.config.guidance_scale)
+                columns["guidance"] = guidance_direction(own, guided)
             columns["matching"] = matching_direction(fake, own)
             columns["scale"] = dmd_scale(x0, guided)
         return replace(rows, columns=columns)
@@ -221,21 +223,5 @@ class Distiller:
         return Loss(value=value, metrics=metrics)
 
 
-def guided_part(own: Tensor, guided: Tensor, scale: float) -> Tensor:
-    """Return the part of the direction that guidance adds, from the predictions without and with it: ``own - guided``.
-
-    ``guided = own + (scale - 1) * (own - unconditional)``, so that this is `guidance_direction` of the unconditional prediction.
-    """
-    unconditional = own - (guided - own) / (scale - 1)
-    return guidance_direction(own, unconditional, scale)
-
-
 def _column(weight: Tensor, like: Tensor) -> Tensor:
     return weight.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def drawn_levels(experience: Pairs, chosen: Tensor, update: Update, *, key: int) -> Tensor:
-    """Draw a number in [0, 1] for each row, keyed by prompt and sample; float64."""
-    samples = sample_number(experience.group[chosen], experience.sample[chosen])
-    draws = normal((1,), seed=update.seed, purpose="matching level", step=key, prompts=experience.prompt[chosen], samples=samples)
-    return torch.special.ndtr(draws.flatten().double())  # the normal law's own distribution function makes it uniform

@@ -134,17 +134,17 @@ def matching_direction(x0_fake: Float[Tensor, "batch *event"], x0_teacher: Float
 
 
 def guidance_direction(
-    x0_teacher: Float[Tensor, "batch *event"], x0_unconditional: Float[Tensor, "batch *event"], scale: float
+    x0_teacher: Float[Tensor, "batch *event"], x0_guided: Float[Tensor, "batch *event"]
 ) -> Float[Tensor, "batch *event"]:
-    """Return the part of the direction that the teacher's guidance adds: ``-(scale - 1) * (x0_teacher - x0_unconditional)``.
+    """Return the part of the direction that the teacher's guidance adds: its prediction without guidance less that with.
 
     Matching and guidance are pushed apart: the ratio of densities weighs the first and knows nothing of the second, since no density that a discriminator
-    sees is tilted by guidance. With equal weights their sum is the direction to the guided prediction.
+    sees is tilted by guidance. With equal weights their sum is the direction to the guided prediction. For plain guidance of a scale it is
+    ``-(scale - 1) * (x0_teacher - x0_unconditional)``.
 
     Args:
-        x0_teacher: With the prompt.
-        x0_unconditional: Without it.
-        scale: Guidance scale; 1 gives zeros.
+        x0_teacher: With the prompt, without guidance.
+        x0_guided: With guidance.
 
     Raises:
         ValueError: If the shapes differ.
@@ -153,8 +153,8 @@ def guidance_direction(
         "Decoupled DMD", 2025, https://arxiv.org/abs/2511.22677: guidance drives, matching regularises.
         Deviation: f-distill's released code multiplies both by h.
     """
-    _check("guidance_direction", x0_teacher, x0_unconditional, None)
-    return (1 - scale) * (at_least_float32(x0_teacher) - at_least_float32(x0_unconditional))
+    _check("guidance_direction", x0_teacher, x0_guided, None)
+    return at_least_float32(x0_teacher) - at_least_float32(x0_guided)
 
 
 def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:

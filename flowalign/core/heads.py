@@ -11,31 +11,27 @@ from statistics import fmean, stdev
 import torch
 from torch import nn
 
+from flowalign.core.adamw import AdamW
 from flowalign.core.randomness import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(AdamW):
     """A perceptron from features to one number; its last layer starts at 0, and so does what it says.
 
     Attributes:
         width: Units of each hidden layer.
         depth: Number of hidden layers.
-        learning_rate: Of its AdamW, after the warm-up of the run (``train.warmup``).
-        weight_decay: Of its AdamW.
     """
 
     width: int = 128
     depth: int = 2
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that cannot be meant."""
+        super().__post_init__()
         if self.width < 1 or self.depth < 1:
             raise ValueError(f"head: got width {self.width} and depth {self.depth}, needed at least 1")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("head: learning_rate must be positive and weight_decay not negative")
 
     def build(self, num_features: int, *, seed: int, name: str) -> nn.Module:
         """Make the network; its weights depend on the seed and the name alone.

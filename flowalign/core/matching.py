@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowalign.core.algorithm import Experience, Rows, Update, sample_number
+from flowalign.core.distillation import Pairs
 from flowalign.core.randomness import normal
 
 
@@ -64,7 +65,7 @@ def image_advantage(experience: Experience, chosen: Tensor, name: str, *, clip: 
     return experience.advantage[chosen].mean(1).clamp(-clip, clip) * experience.weight[chosen].mean(1)
 
 
-def uniform_rows(num: int, experience: Experience, update: Update, chosen: Tensor, *, key: int, purpose: str) -> Tensor:
+def uniform_rows(num: int, experience: Experience | Pairs, update: Update, chosen: Tensor, *, key: int, purpose: str) -> Tensor:
     """Draw ``num`` numbers in [0, 1) for each image, keyed by prompt and sample, ``[images, num]`` float64."""
     samples = sample_number(experience.group[chosen], experience.sample[chosen])
     draws = normal((num,), seed=update.seed, purpose=purpose, step=key, prompts=experience.prompt[chosen], samples=samples)

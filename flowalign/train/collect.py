@@ -82,12 +82,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shared by the ranks or estimated."""
-        world = self.accelerator.num_processes
-        if self.config.group_size % world:
-            raise ValueError(
-                f"train.group_size: {self.config.group_size} samples of a prompt cannot be shared equally by {world} processes; "
-                f"use a multiple of {world}"
-            )
+        self.config.check_processes(self.accelerator.num_processes)
         plan = self.algorithm.plan(0, self.pipeline.num_steps, self.seed)
         groups = compared_groups(plan, torch.zeros(self.config.group_size, dtype=torch.int64), torch.arange(self.config.group_size))
         alone = int(torch.unique(groups, return_counts=True)[1].min()) == 1
@@ -186,7 +181,7 @@ class Collector:
                 sampled.cond.take(images),
                 ode(sampled.plan.num_steps),
                 x_init=x,
-                noise=_no_noise,
+                noise=no_noise,
                 batch_size=self.config.rollout_batch_size,
                 start=start,
                 role=self.algorithm.behaviour,
@@ -275,5 +270,6 @@ def counted(evaluations: Counter[str], names: Sequence[str], accelerator: Accele
     return {**counts, "total": sum(counts.values()), "rows_per_evaluation": rows_per_evaluation}
 
 
-def _no_noise(step: int) -> Tensor:
+def no_noise(step: int) -> Tensor:
+    """Stand in for noise where a plan draws none."""
     raise AssertionError(f"the ODE asked for noise at step {step}")

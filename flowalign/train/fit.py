@@ -247,9 +247,7 @@ class Trainer:
         return self.pipeline.modules.get(player, self.pipeline.module) if player in (CURRENT, FAKE) else self.trained[player].module
 
     def _average(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
+        return float(self._sum(torch.tensor(value))) / self.accelerator.num_processes
 
     def _mean_over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means of what any row told of."""

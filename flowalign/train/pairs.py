@@ -20,7 +20,7 @@ from flowalign.core.algorithm import REFERENCE, sample_number
 from flowalign.core.distillation import Pairs, Settings
 from flowalign.core.plans import ode
 from flowalign.core.randomness import generator, normal
-from flowalign.train.collect import Collected, counted
+from flowalign.train.collect import Collected, counted, no_noise
 from flowalign.train.journal import Clock
 from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
@@ -62,11 +62,8 @@ class PairCollector:
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be dealt out, and rungs that are none."""
-        config, world = self.config, self.accelerator.num_processes
-        if config.group_size % world:
-            raise ValueError(
-                f"train.group_size: {config.group_size} samples of a prompt cannot be shared equally by {world} processes; use a multiple of {world}"
-            )
+        config = self.config
+        config.check_processes(self.accelerator.num_processes)
         self.num_groups = self.settings.num_pairs // config.group_size
         if self.num_groups < config.groups:
             raise ValueError(
@@ -120,7 +117,7 @@ class PairCollector:
             self.teacher.encode(texts),
             ode(self.settings.teacher_steps or self.pipeline.num_steps),
             x_init=self._noise(rows, prompts).to(self.accelerator.device),
-            noise=_no_noise,
+            noise=no_noise,
             role=REFERENCE,
         )
         self.evaluations["teacher"] += done.evaluations
@@ -214,7 +211,7 @@ class PairCollector:
             cond.take(shown),
             ode(self.settings.student_steps),
             x_init=noise.to(self.accelerator.device),
-            noise=_no_noise,
+            noise=no_noise,
             batch_size=self.config.rollout_batch_size,
         )
         self.evaluations["shown"] += done.evaluations
@@ -244,7 +241,3 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     except (SafetensorError, KeyError):
         return None
     return found if found.shape == shape else None
-
-
-def _no_noise(step: int) -> Tensor:
-    raise AssertionError(f"the ODE asked for noise at step {step}")

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from flowalign.core.adamw import AdamW
 from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, HasHeads
 from flowalign.core.discriminators import Discriminator
-from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Critic
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER
 from flowalign.train import checkpoint
 from flowalign.train.protocols import Pipeline
 
@@ -52,49 +53,41 @@ class HeadPlayer(Player):
 
 def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerator, *, seed: int) -> dict[str, HeadPlayer]:
     """Make an algorithm's heads, as wide at the input as the pipeline's features."""
-    cond = pipeline.encode(["a"])
-    one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
-    num_features = pipeline.look(one, torch.tensor(0.5, device=one.device), cond, REFERENCE)[1].shape[1]
-    players = {}
-    for name, head in algorithm.heads.items():
-        bare = head.build(num_features, seed=seed, name=name).to(accelerator.device)
-        parameters = list(bare.parameters())
-        players[name] = HeadPlayer(
-            module=accelerator.prepare(bare),
-            parameters=parameters,
-            optimizer=torch.optim.AdamW(parameters, lr=head.learning_rate, weight_decay=head.weight_decay),
-            learning_rate=head.learning_rate,
-            bare=bare,
-        )
-    return players
+    num_features = pipeline.look(*_one(pipeline, accelerator), REFERENCE)[1].shape[1]
+    return {name: _head(head.build(num_features, seed=seed, name=name), head, accelerator) for name, head in algorithm.heads.items()}
 
 
 def build_discriminator(settings: Discriminator, pipeline: Pipeline, accelerator: Accelerator, *, seed: int) -> HeadPlayer:
     """Make a discriminator, as wide at the input as the blocks that it taps."""
-    one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
-    _, seen = pipeline.tap(one, torch.tensor(0.5, device=one.device), pipeline.encode(["a"]), settings.taps, whole=False)
-    bare = settings.build([tap.shape[2] for tap in seen], seed=seed).to(accelerator.device)
-    parameters = list(bare.parameters())
-    return HeadPlayer(
-        module=accelerator.prepare(bare),
-        parameters=parameters,
-        optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
-        learning_rate=settings.learning_rate,
-        bare=bare,
-    )
+    _, seen = pipeline.tap(*_one(pipeline, accelerator), settings.taps, whole=False)
+    return _head(settings.build([tap.shape[2] for tap in seen], seed=seed), settings, accelerator)
 
 
-def build_fake(settings: Critic, pipeline: Pipeline, accelerator: Accelerator) -> Player:
+def build_fake(settings: AdamW, pipeline: Pipeline, accelerator: Accelerator) -> Player:
     """Make the fake score's player: an adapter on the denoiser, or a network of its own where all weights are trained."""
     network = pipeline.roles.network(FAKE)
     if network is not pipeline.roles.network(CURRENT):
         pipeline.modules[FAKE] = accelerator.prepare(network)
     parameters = pipeline.roles.trainable_parameters(FAKE)
-    return Player(
-        module=pipeline.modules.get(FAKE, pipeline.module),
+    module = pipeline.modules.get(FAKE, pipeline.module)
+    return Player(module=module, parameters=parameters, optimizer=settings.over(parameters), learning_rate=settings.learning_rate)
+
+
+def _one(pipeline: Pipeline, accelerator: Accelerator) -> tuple[Tensor, Tensor, Any]:
+    """Return a state, a level and a conditioning, to see how wide things are."""
+    one = torch.zeros(1, *pipeline.event_shape, device=accelerator.device)
+    return one, torch.tensor(0.5, device=one.device), pipeline.encode(["a"])
+
+
+def _head(bare: nn.Module, settings: AdamW, accelerator: Accelerator) -> HeadPlayer:
+    bare = bare.to(accelerator.device)
+    parameters = list(bare.parameters())
+    return HeadPlayer(
+        module=accelerator.prepare(bare),
         parameters=parameters,
-        optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay),
+        optimizer=settings.over(parameters),
         learning_rate=settings.learning_rate,
+        bare=bare,
     )
 
 

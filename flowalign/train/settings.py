@@ -68,3 +68,11 @@ class TrainConfig:
             raise ValueError(f"train.betas: got {list(self.betas)}, needed two values in [0, 1)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")
+
+    def check_processes(self, num_processes: int) -> None:
+        """Refuse groups that processes cannot share equally."""
+        if self.group_size % num_processes:
+            raise ValueError(
+                f"train.group_size: {self.group_size} samples of a prompt cannot be shared equally by {num_processes} processes; "
+                f"use a multiple of {num_processes}"
+            )

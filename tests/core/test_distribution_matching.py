@@ -107,16 +107,15 @@ def test_a_push_and_a_regression_to_where_it_leads_have_one_gradient():
 def test_guidance_and_matching_add_up_to_the_direction_to_the_guided_prediction():
     unconditional, guidance = torch.full_like(X, 0.3), 2.5
     guided = unconditional + guidance * (TEACHER - unconditional)
-    whole = matching_direction(FAKE, TEACHER) + guidance_direction(TEACHER, unconditional, guidance)
+    whole = matching_direction(FAKE, TEACHER) + guidance_direction(TEACHER, guided)
     assert torch.allclose(whole, FAKE - guided, atol=1e-6)
-    assert not guidance_direction(TEACHER, unconditional, 1.0).any()
+    assert torch.allclose(guidance_direction(TEACHER, guided), (1 - guidance) * (TEACHER - unconditional), atol=1e-6)
+    assert not guidance_direction(TEACHER, TEACHER).any()
     # Two pushes, one with h and one without, are one push of the weighted sum.
     h, scale = torch.tensor([0.5, 1.5]), dmd_scale(X, guided)
     x = X.clone().requires_grad_()
-    (
-        push(x, matching_direction(FAKE, TEACHER), h * scale) + push(x, guidance_direction(TEACHER, unconditional, guidance), scale)
-    ).sum().backward()
-    direction = h[:, None] * matching_direction(FAKE, TEACHER) + guidance_direction(TEACHER, unconditional, guidance)
+    (push(x, matching_direction(FAKE, TEACHER), h * scale) + push(x, guidance_direction(TEACHER, guided), scale)).sum().backward()
+    direction = h[:, None] * matching_direction(FAKE, TEACHER) + guidance_direction(TEACHER, guided)
     assert torch.allclose(x.grad, scale[:, None] * direction / 4, atol=1e-7)
 
 

@@ -78,7 +78,7 @@ def test_two_processes_do_not_train_in_one_folder(write_config):
     path = write_config()
     folder = load_config(str(path)).output
     folder.mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="another process trains in this folder"):
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="another process works in this folder"):
         run.train(str(path))
     run.train(str(path), ["--steps", "1"])  # a lock that was left behind is none
 

@@ -25,13 +25,20 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red ring\na blue disk\n")
+    return path
+
+
+def small(prompts):
+    return [part for key, value in {**SMALL, "prompts.source": prompts}.items() for part in (f"--{key}", str(value))]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_takes_three_steps(tmp_path, name):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue disk\n")
-    flags = [
-        part for key, value in {**SMALL, "prompts.source": prompts, "output": tmp_path / "run"}.items() for part in (f"--{key}", str(value))
-    ]
+def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
+    flags = [*small(prompts), "--output", str(tmp_path / "run")]
     if "sdxl" in name:
         flags += ["--algorithm.warmup_steps", "1"]
     config = load_config(name, flags)
@@ -54,21 +61,15 @@ def test_a_recipe_takes_three_steps(tmp_path, name):
     assert len(built.collector.sigmas) == config.algorithm.student_steps + 1
 
 
-def test_a_schedule_that_begins_near_the_data_is_refused(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue disk\n")
-    flags = [part for key, value in {**SMALL, "prompts.source": prompts}.items() for part in (f"--{key}", str(value))]
-    config = load_config("sd15_f_distill", [*flags, "--pipeline.timestep_spacing", "leading"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pipeline.timestep_spacing", "leading"], r'schedule of 1 steps begins at level 0\.\d+ .*timestep_spacing "trailing"'),
+        (["--algorithm.highest_level", "0.98"], r"highest_level: got 0.98, but this model knows no level above 0.93"),
+    ],
+)
+def test_levels_that_a_student_cannot_begin_at_or_a_model_does_not_know_are_refused(prompts, flags, message):
+    config = load_config("sd15_f_distill", [*small(prompts), *flags])
     pipe = config.pipeline.spaced(families.pipeline("sd 1.5"))
-    with pytest.raises(ValueError, match=r'schedule of 1 steps begins at level 0\.\d+ .*timestep_spacing "trailing"'):
-        build_trainer(config, Accelerator(), pipeline=families.build("sd 1.5", pipe=pipe, lora=None, num_steps=4))
-
-
-def test_levels_that_a_model_does_not_know_are_refused(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue disk\n")
-    flags = [part for key, value in {**SMALL, "prompts.source": prompts}.items() for part in (f"--{key}", str(value))]
-    config = load_config("sd15_f_distill", [*flags, "--algorithm.highest_level", "0.98"])
-    pipe = config.pipeline.spaced(families.pipeline("sd 1.5"))
-    with pytest.raises(ValueError, match=r"highest_level: got 0.98, but this model knows no level above 0.93"):
+    with pytest.raises(ValueError, match=message):
         build_trainer(config, Accelerator(), pipeline=families.build("sd 1.5", pipe=pipe, lora=None, num_steps=4))
