@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from flowalign.core.algorithm import Experience, Update
+from flowalign.core.algorithm import Experience, Rows, Update
 from flowalign.core.kernels import Euler
 from flowalign.core.randomness import generator
 from flowalign.core.rollout import rollout
@@ -36,15 +36,32 @@ def slopes(kernel, following, num_steps=10):
 
 
 def play(
-    algorithm, *, groups, members, num_steps=10, step=0, same_latent=False, name="", advantage=None, sigmas=None, width=1, x_init=None
+    algorithm,
+    *,
+    groups,
+    members,
+    num_steps=10,
+    step=0,
+    same_latent=False,
+    name="",
+    advantage=None,
+    sigmas=None,
+    width=1,
+    x_init=None,
+    noise=None,
+    velocity=WORLD.velocity,
 ):
-    """Roll out under the exact velocity and compare final states by their reward: plain differences to the mean of the compared group."""
+    """Roll out under the exact velocity and compare final states by their reward: plain differences to the mean of the compared group.
+
+    ``noise`` maps a step and a number of rows to their noise; by default every row has its own.
+    """
     sigmas = flow_sigmas(num_steps, dtype=torch.float64) if sigmas is None else sigmas
     plan = algorithm.plan(step, num_steps, 0)
     x = draw(name, "x", (groups * members, width))
     x = x[::members].repeat_interleave(members, 0) if same_latent else x
     x = x if x_init is None else x_init
-    done = rollout(WORLD.velocity, x, sigmas, plan, lambda i: draw(name, i, (groups * members * len(plan.drawn(i)), width)))
+    noise = noise or (lambda i, rows: draw(name, i, (rows, width)))
+    done = rollout(velocity, x, sigmas, plan, lambda i: noise(i, groups * members * len(plan.drawn(i))))
     group = torch.arange(groups).repeat_interleave(members)
     compared = compared_groups(plan, group, torch.arange(groups * members) % members)
     number = torch.unique(compared, return_inverse=True)[1]
@@ -63,9 +80,10 @@ def play(
     )
 
 
-def gradients(algorithm, experience, num_steps=10):
-    """Gradient of minus each row's loss in the parameter of its step: rows, steps and values."""
+def gradients(algorithm, experience, *, apart=False):
+    """Gradient of minus the losses at each state, or of each row, in a parameter of its own: rows, steps, values and the loss."""
     rows = algorithm.rows(experience, Update(seed=0, step=0, index=0))
+    rows = Rows(sample=rows.sample, columns=rows.columns) if apart else rows
     theta = torch.zeros(len(rows.states()[0]), 1, dtype=torch.float64, requires_grad=True)
     loss = algorithm.loss("current", rows, lambda x, sigma, sample, role: WORLD.velocity(x, sigma) + theta * (role == "current"))
     (found,) = torch.autograd.grad(-loss.value.sum(), theta)

@@ -1,4 +1,4 @@
-"""Windows, Guard and DPPO: where they train, their exact gradients on the linear-Gaussian chain, and their trust regions in numbers."""
+"""Windows, Guard and DPPO: where they train, and their trust regions in numbers."""
 
 import math
 
@@ -8,60 +8,10 @@ import torch
 from flowalign.algorithms import flow_dppo, flow_grpo, flow_grpo_fast, grpo_guard, mix_grpo
 from flowalign.core.algorithm import Rows, Update
 from flowalign.core.gaussians import gaussian_kl
-from flowalign.core.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE
 from flowalign.core.ratio_links import CentredClip, KLMask, PPOClip, RatioRows
-from tests.algorithms.chains import draw, gradients, play, slopes
+from tests.algorithms.chains import draw, gradients, play
 
 FREE = {"kl_penalty": 0.0, "num_minibatches": 1}
-SDE = FlowSDE(0.7)
-
-METHODS = {
-    "flow_grpo": (flow_grpo.Config(**FREE, clip=0.5), SDE),
-    "dance_grpo": (flow_grpo.Config(**FREE, clip=0.5, kernel="dance_sde"), DanceSDE(0.3)),
-    "ddim": (flow_grpo.Config(**FREE, clip=0.5, kernel="ddim"), DDIM(1.0)),
-    "flow_cps": (flow_grpo.Config(**FREE, clip=0.5, kernel="cps"), CPS(0.8)),
-    "flow_dppo": (flow_dppo.Config(**FREE, delta=1.0), SDE),
-}
-WINDOWS = {
-    "flow_grpo_fast": (flow_grpo_fast.Config(**FREE, clip=0.5), CPS(0.8)),
-    "mix_grpo": (mix_grpo.Config(**FREE, clip=0.5, strategy="fixed"), SDE),
-}
-
-
-def within(values, groups, members, exact):
-    """The mean of groups, corrected for each sample being part of its own baseline, is the exact gradient within its interval."""
-    each = values.view(groups, members).mean(1) * members / (members - 1)
-    error = float(each.std()) / math.sqrt(groups)
-    assert float(each.mean()) == pytest.approx(exact, abs=4.2 * error)
-    return error
-
-
-@pytest.mark.parametrize(("config", "kernel"), METHODS.values(), ids=METHODS)
-def test_the_gradient_of_a_chain_is_the_exact_one_within_its_interval(config, kernel):
-    built, groups, members = config.build(), 1500, 24
-    _, steps, found, _ = gradients(built, play(built, groups=groups, members=members))
-    exact = slopes(kernel, kernel)[0]
-    errors = [within(found[steps == k], groups, members, exact[k]) for k in range(9)]
-    # The intervals mean something: large gradients are many times theirs. (Before the last step DDIM and CPS have little noise, and large scores.)
-    largest = max(map(abs, exact[:8]))
-    large = [k for k in range(8) if abs(exact[k]) > largest / 2]
-    assert len(large) >= 2
-    assert all(errors[k] < 0.05 * abs(exact[k]) for k in large)
-
-
-@pytest.mark.parametrize(("config", "kernel"), WINDOWS.values(), ids=WINDOWS)
-def test_the_gradient_of_a_window_is_the_exact_one_of_a_sampler_with_noise_there_alone(config, kernel):
-    built, groups, members = config.build(), 1500, 24
-    experience = play(built, groups=groups, members=members)
-    _, steps, found, _ = gradients(built, experience)
-    trained = list(built.plan(0, 10).trained)
-    assert torch.unique(steps).tolist() == trained
-    inside, outside = slopes(kernel, kernel)[0], slopes(kernel, Euler())[0]
-    for k in trained:
-        # Later steps of the window shrink the response as the kernel does, those behind it as the ODE does.
-        last = trained[-1]
-        exact = inside[k] / inside[last] * outside[last] if abs(inside[last]) > 1e-9 else outside[k]
-        assert within(found[steps == k], groups, members, exact) < 0.05 * abs(exact)
 
 
 @pytest.mark.parametrize("kernel", ["cps", "ddim"])
