@@ -33,11 +33,7 @@ def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]
     Raises:
         ConfigError: If an option belongs to another suite, or one is missing.
     """
-    given = {key: value for key, value in options.items() if value is not None}
-    odd = next((key for key in given if name in _OF and key not in _OF[name]), None)
-    if odd is not None:
-        owners = " or ".join(suite for suite, keys in _OF.items() if odd in keys)
-        raise ConfigError(f"--{odd}: is an option of --suite {owners}, not of {name!r}")
+    given = given_options(name, options)
     if name == "shapes":
         return {**given, **({} if num_prompts else {"num_prompts": SHAPES_PROMPTS})}
     if name == "geneval":
@@ -50,10 +46,29 @@ def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]
     return _of_prompts(given) if name == "prompts" else {}
 
 
-def _of_prompts(given: Mapping[str, Any]) -> dict[str, Any]:
-    missing = next((key for key in _OF["prompts"] if key not in given), None)
+def given_options(name: str, options: Mapping[str, Any], flag: str = "--") -> dict[str, Any]:
+    """Return the options that are given, if they are those of the suite; nothing is loaded.
+
+    Args:
+        name: The suite.
+        options: As of :func:`suite_options`.
+        flag: What stands before an option's name where the user wrote it.
+
+    Raises:
+        ConfigError: If an option belongs to another suite, or one is missing.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    odd = next((key for key in given if name in _OF and key not in _OF[name]), None)
+    if odd is not None:
+        owners = " or ".join(suite for suite, keys in _OF.items() if odd in keys)
+        raise ConfigError(f"{flag}{odd}: is an option of suite {owners}, not of {name!r}")
+    missing = next((key for key in _OF["prompts"] if key not in given), None) if name == "prompts" else None
     if missing is not None:
-        raise ConfigError(f"--{missing}: is needed by --suite prompts, for example --prompts my_prompts.txt --reward clip_score")
+        raise ConfigError(f"{flag}{missing}: is needed by suite prompts, for example prompts my_prompts.txt and reward clip_score")
+    return given
+
+
+def _of_prompts(given: Mapping[str, Any]) -> dict[str, Any]:
     prompts = data.read_prompts(Path(given["prompts"]))
     lines: dict[str, str] = {}
     for prompt in prompts:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ from flowalign import config as configuration
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.spec import Cell
 from flowalign.core.algorithm import REFERENCE, NeverReady
+from flowalign.env import hardware, versions
+from flowalign.evaluate.distances import manifold
 from flowalign.evaluate.drift import measure_drift
-from flowalign.evaluate.fidelity import relative_diversity, within_prompt_distance
+from flowalign.evaluate.fidelity import RandomFeatures, features_of, relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation, read_evaluation
-from flowalign.evaluate.suites import ShapesSuite, Suite, suite
-from flowalign.generate import score_model, student_steps, velocity_distance
+from flowalign.evaluate.suites import ShapesSuite, Suite
+from flowalign.generate import generator_of, score_model, student_steps, velocity_distance
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import build_trainer
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.fit import Trainer
 from flowalign.train.journal import write_atomically
 from flowalign.train.pairs import PairCollector
+from flowalign.train.scoring import score
 
 RESULT, IMAGES = "result.json", "images.safetensors"
 _DRIFT_PROMPTS = 64
+_TRIAL_DRAWS, _TRIAL_IMAGES, _TRIAL_BATCH = 16, 2, 64
+_NEIGHBOURS = 5
 
 
 def run_cell(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
@@ -47,23 +53,26 @@ def run_cell(folder: Path, *, threads: int | None = None) -> dict[str, Any]:
         torch.set_num_threads(threads)
     cell: Cell = configuration.decode(Cell, json.loads((folder / "cell.json").read_text(encoding="utf-8")))
     config = load_config(cell.base, cell.arguments(folder / "run"))
-    chosen = suite(cell.suite.name, num_prompts=cell.suite.num_prompts, images_per_prompt=cell.suite.images_per_prompt)
+    chosen = cell.suite.build()
     if cell.phase == "base":
-        result = _score_base(folder, config, chosen)
+        result = _score_base(folder, cell, config, chosen)
     else:
         trainer = build_trainer(config, Accelerator(mixed_precision="no"))
         result = _train(folder, cell, config, trainer, chosen)
-    write_atomically(folder / RESULT, json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n")
+    write_atomically(
+        folder / RESULT, json.dumps({"cell": cell.written(), "versions": versions(), "hardware": hardware(), **result}, indent=2) + "\n"
+    )
     return result
 
 
-def _score_base(folder: Path, config: RunConfig, chosen: Suite) -> dict[str, Any]:
+def _score_base(folder: Path, cell: Cell, config: RunConfig, chosen: Suite) -> dict[str, Any]:
     pipeline = config.pipeline.build(device=Accelerator().device, seed=0)
     base = score_model(pipeline, chosen, num_steps=pipeline.num_steps, seed=0, title="base", role=REFERENCE)
     assert base.images is not None
+    base.scores(cell.suite.headline)  # a measure that there is not is noticed here
     base.write(folder / "records.jsonl")
     save_file({"images": base.images.contiguous()}, folder / IMAGES)
-    return {"scores": {measure: base.scores(measure).overall.as_dict() for measure in ("strict", "graded")}}
+    return {"scores": {measure: base.scores(measure).overall.as_dict() for measure in base.measures()}}
 
 
 def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen: Suite) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     trainer.pipeline.encode(["a"])  # learns once how the pipeline calls its denoiser: no part of a method's price
     meter = Meter(network=trainer.pipeline.denoiser)
     weights = [entry.weight for entry in config.rewards]
-    rewards: list[float] = []
+    reward: float | None = None
     milestones: list[dict[str, Any]] = []
     base = load_file(folder.parent.parent / "base" / cell.reference / IMAGES)["images"] if cell.milestones else torch.empty(0)
     num_steps = student_steps(config) or trainer.pipeline.num_steps
@@ -91,41 +100,68 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
             cost, step, images = max(cost, meter.spent()[cell.unit] - before), step + 1, images + line["images"]
             if meter.spent()[cell.unit] > cell.amount and step == 1:
                 raise ValueError(f"budget: one step costs {cost:g} {cell.unit}, more than the {cell.amount:g} there are")
-            rewards.append(sum(weight * value for weight, value in zip(weights, line["reward"].values(), strict=True)))
             log.write(json.dumps({**line, "spent": meter.spent()}) + "\n")
-            print(f"step {step}: reward {rewards[-1]:.4f}, {meter.spent()[cell.unit] / cell.amount:.0%} of the budget", flush=True)
+            print(
+                f"step {step}: reward {_weighted(weights, line['reward'].values()):.4f}, {meter.spent()[cell.unit] / cell.amount:.0%} of the budget",
+                flush=True,
+            )
             ends = meter.spent()[cell.unit] + cost > cell.amount
             due = cell.milestones and meter.spent()[cell.unit] >= cell.amount * (len(milestones) + 1) / cell.milestones
             if cell.milestones and (ends or due):
                 with meter.pause():
-                    milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, base, trainer, num_steps, chosen)})
+                    milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, cell, base, trainer, num_steps, chosen)})
     if failed and cell.milestones:
         # It counts with what was last measured: leaving it out would let a method that diverges look like its best seeds.
-        last_known = milestones[-1] if milestones else _untrained(folder, base, folder.parent.parent / "base" / cell.reference, chosen)
+        last_known = milestones[-1] if milestones else _untrained(folder, cell, base, chosen)
         milestones.append({**last_known, "step": step, "spent": meter.spent()})
     if not failed and not trainer.may_move:
         failed = f"the policy never moved: its critic held it back for all {step} steps"
-    last = rewards[-max(1, len(rewards) // 4) :]
+    if cell.phase == "search" and not failed:
+        with meter.pause():
+            reward = _training_reward(trainer, weights, num_steps)
     return {
         "steps": step,
         "updates": step * trainer.algorithm.num_updates,
         "images": images,
         "spent": meter.spent(),
-        "reward": sum(last) / len(last) if last else None,
+        "reward": reward,
         "failed": failed,
         "milestones": milestones,
     }
 
 
-def _untrained(folder: Path, base: torch.Tensor, scored: Path, chosen: Suite) -> dict[str, Any]:
+def _training_reward(trainer: Trainer, weights: Sequence[float], num_steps: int) -> float:
+    """Score what the model makes of training prompts, the same ones and noise for every trial: the log ends before its last update."""
+    collector, pipeline = trainer.collector, trainer.pipeline
+    assert isinstance(pipeline, FlowPipeline)
+    prompts = {prompt.uid: prompt for step in range(_TRIAL_DRAWS) for prompt in collector.draw(step)}.values()
+    generate = generator_of(pipeline, num_steps, trainer.result, seed=1)
+    values = []
+    for start in range(0, len(prompts), _TRIAL_BATCH):
+        asked = [prompt for prompt in list(prompts)[start : start + _TRIAL_BATCH] for _ in range(_TRIAL_IMAGES)]
+        texts = [prompt.text for prompt in asked]
+        images = generate(texts, [(prompt.uid, number % _TRIAL_IMAGES) for number, prompt in enumerate(asked)])
+        values.append(score(collector.rewards, images, texts, [prompt.metadata for prompt in asked]).values)
+    return _weighted(weights, torch.cat(values).nanmean(0).tolist())  # NaN is "not computed", which only rewards that may skip return
+
+
+def _weighted(weights: Sequence[float], values: Iterable[float]) -> float:
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+
+def _untrained(folder: Path, cell: Cell, base: torch.Tensor, chosen: Suite) -> dict[str, Any]:
     """Return what a run that failed before it was measured counts with: the base's own scores."""
-    found = replace(read_evaluation(scored / "records.jsonl"), images=base)
+    found = replace(read_evaluation(folder.parent.parent / "base" / cell.reference / "records.jsonl"), images=base)
     found.write(folder / "records.jsonl")
-    scores = {measure: found.scores(measure).overall.mean for measure in ("strict", "graded")}
-    return {**scores, "velocity_distance": 0.0, **_compare_images(base, found, chosen)}
+    return {**_scores(cell, found), "velocity_distance": 0.0, **_compare_images(base, found, chosen)}
 
 
-def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, num_steps: int, chosen: Suite) -> dict[str, Any]:
+def _scores(cell: Cell, found: Evaluation) -> dict[str, Any]:
+    scores = {measure: found.scores(measure).overall.mean for measure in found.measures()}
+    return {"score": scores[cell.suite.headline], "scores": scores}
+
+
+def _measure(folder: Path, cell: Cell, base: torch.Tensor, trainer: Trainer, num_steps: int, chosen: Suite) -> dict[str, Any]:
     """Score the model as it is now, and measure how far it is from the base."""
     pipeline = trainer.pipeline
     assert isinstance(pipeline, FlowPipeline)
@@ -133,8 +169,7 @@ def _measure(folder: Path, base: torch.Tensor, trainer: Trainer, num_steps: int,
     tuned.write(folder / "records.jsonl")
     prompts = list(dict.fromkeys(record.prompt for record in tuned.records))[:_DRIFT_PROMPTS]
     return {
-        "strict": tuned.scores("strict").overall.mean,
-        "graded": tuned.scores("graded").overall.mean,
+        **_scores(cell, tuned),
         "velocity_distance": velocity_distance(pipeline, prompts, trainer.result),
         **_compare_images(base, tuned, chosen),
     }
@@ -146,8 +181,13 @@ def _compare_images(base: torch.Tensor, tuned: Evaluation, chosen: Suite) -> dic
     if isinstance(chosen, ShapesSuite):
         moved = measure_drift(base, tuned.images, chosen.reference(seed=1), chosen.reference(seed=2), ids)
         return {"diversity": moved.feature_diversity.mean, "kernel_distance": moved.distance_tuned.mean}
-    # Other suites have no real images of their prompts to measure a distance to.
-    return {"diversity": relative_diversity(within_prompt_distance(base, ids), within_prompt_distance(tuned.images, ids)).mean}
+    # Other suites have no real images of their prompts: what is kept of the base's images is measured instead.
+    found = {"diversity": relative_diversity(within_prompt_distance(base, ids), within_prompt_distance(tuned.images, ids)).mean}
+    if len(base) > _NEIGHBOURS:
+        network = RandomFeatures()
+        kept = manifold(*(features_of(images, network=network) for images in (tuned.images, base)), neighbours=_NEIGHBOURS)
+        found |= {"precision": kept.precision, "coverage": kept.coverage}
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flowalign.benchmark.spec import PREVIOUS, BenchmarkConfig, Cell
 from flowalign.benchmark.store import folder_of, read_result
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, Curve
-from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
+from flowalign.evaluate.records import MEASURES, Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report, write_svg
 from flowalign.evaluate.scores import Interval
 from flowalign.evaluate.statistics import seed_interval
@@ -27,6 +27,8 @@ _DRIFT = {
     "velocity_distance": "velocity distance",
     "diversity": "diversity within a prompt (base 1)",
     "kernel_distance": "kernel distance to real images",
+    "precision": "share of the images among the base's",
+    "coverage": "coverage of the base's images",
 }
 
 
@@ -62,6 +64,7 @@ def write_benchmark(
             if config.target is not None
             else []
         ),
+        *_mixtures(result for _, result in results),
         *(f"Failed: {cell.method}, seed {cell.seed}: {result['failed']}" for cell, result in results if result.get("failed")),
         *([f"Not finished: {'; '.join(missing)}."] if missing else []),
         *([f"No trial of the search finished, so not run: {', '.join(left_out)}."] if left_out else []),
@@ -97,12 +100,27 @@ def write_benchmark(
     return path
 
 
+def _mixtures(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Say where runs that are compared were made by different software or machines."""
+    seen: dict[str, dict[str, int]] = {}
+    for result in results:
+        for name, value in {**result.get("versions", {}), **result.get("hardware", {})}.items():
+            counts = seen.setdefault(name, {})
+            counts[str(value)] = counts.get(str(value), 0) + 1
+    mixed = {name: counts for name, counts in seen.items() if len(counts) > 1}
+    return [f"Runs differ in {name}: {', '.join(f'{value} ({num})' for value, num in counts.items())}." for name, counts in mixed.items()]
+
+
 Runs = Mapping[str, Sequence[tuple[Cell, Mapping[str, Any]]]]
 
 
 def _base_line(config: BenchmarkConfig) -> str:
-    found = [read_evaluation(folder_of(config, cell) / "records.jsonl").scores().overall for cell in config.bases()]
-    return f"strict score of the base {', '.join(map(str, found))} on {config.suite.name}"
+    found = [read_evaluation(folder_of(config, cell) / "records.jsonl").scores(config.suite.headline).overall for cell in config.bases()]
+    return f"{_title(config)} of the base {', '.join(map(str, found))} on {config.suite.name}"
+
+
+def _title(config: BenchmarkConfig) -> str:
+    return f"{config.suite.headline} score" if config.suite.headline in MEASURES else config.suite.headline
 
 
 def _over_seeds(values: Sequence[float], pattern: str = "{:.3f}") -> str:
@@ -123,14 +141,14 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
         last = [result["milestones"][-1] for _, result in runs]
         other = others[method]
         versus = "" if other in (None, method) else (_added if reference == PREVIOUS else _versus)(config, by_method[other or method], runs)
-        gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs])
+        gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs], measure=config.suite.headline)
         spent = [milestone["spent"]["evaluations"] for milestone in last]
         steps = [result["steps"] for _, result in runs]
         rows.append(
             [
                 method,
                 str(len(runs)),
-                _over_seeds([milestone["strict"] for milestone in last]),
+                _over_seeds([milestone["score"] for milestone in last]),
                 str(gain.overall),
                 versus,
                 f"{sum(spent) / len(spent):.3g}",
@@ -139,7 +157,7 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
             ]
         )
     against = "gain less that of the line above, over seeds" if reference == PREVIOUS else f"minus {reference}"
-    columns = ("method", "seeds", "strict score", "gain over the base", against, "evaluations", "steps", "updates", "images")
+    columns = ("method", "seeds", _title(config), "gain over the base", against, "evaluations", "steps", "updates", "images")
     return Table(title="Score at the end of the budget", columns=columns, rows=rows)
 
 
@@ -158,10 +176,10 @@ def price(milestones: Sequence[Mapping[str, Any]], start: float, target: float, 
     A first crossing would be one of noise: with few images a score swings by more than a step gains.
 
     Examples:
-        >>> price([{"strict": 0.5, "spent": {"evaluations": 100.0}}, {"strict": 0.7, "spent": {"evaluations": 200.0}}], 0.3, 0.6, "evaluations")
+        >>> price([{"score": 0.5, "spent": {"evaluations": 100.0}}, {"score": 0.7, "spent": {"evaluations": 200.0}}], 0.3, 0.6, "evaluations")
         150.0
     """
-    course = [(0.0, start), *((float(milestone["spent"][unit]), float(milestone["strict"])) for milestone in milestones)]
+    course = [(0.0, start), *((float(milestone["spent"][unit]), float(milestone["score"])) for milestone in milestones)]
     below = [number for number, (_, score) in enumerate(course) if score < target]
     if not below:
         return 0.0
@@ -175,7 +193,7 @@ def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
     assert config.target is not None
     rows = []
     for method, runs in by_method.items():
-        starts = [_base_of(config, cell).scores().overall.mean for cell, _ in runs]
+        starts = [_base_of(config, cell).scores(config.suite.headline).overall.mean for cell, _ in runs]
         unit = config.budget.unit
         found = [price(result["milestones"], start, config.target, unit) for (_, result), start in zip(runs, starts, strict=True)]
         known = [value for value in found if value is not None]
@@ -183,7 +201,9 @@ def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
         told = _on_log_scale(known) if known and len(known) == len(runs) else "" if not known else f"{min(known):.3g} at best"
         rows.append([method, f"{len(known)} of {len(runs)}", told])
     return Table(
-        title=f"Price of a strict score of {config.target:g}", columns=("method", "seeds that reached it", config.budget.unit), rows=rows
+        title=f"Price of a {_title(config)} of {config.target:g}",
+        columns=("method", "seeds that reached it", config.budget.unit),
+        rows=rows,
     )
 
 
@@ -213,8 +233,8 @@ def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str
         mine = [row for row in rows if row[0] == method]
         if len(mine) > 1 and len({row[2] for row in mine}) == 1:
             mine[0][3] = "the first of equals: no choice"
-    caption = f"Seed {config.search.seed}, {config.search.share:.0%} of the budget each; by the mean training reward of the last quarter."
-    return Table(title="What was searched", columns=("method", "tried", "training reward", ""), rows=rows, caption=caption)
+    caption = f"Seed {config.search.seed}, {config.search.share:.0%} of the budget each; by the reward on training prompts after the last update, the same prompts and noise for all."
+    return Table(title="What was searched", columns=("method", "tried", "reward", ""), rows=rows, caption=caption)
 
 
 def _charts(config: BenchmarkConfig, by_method: Runs) -> list[Chart]:
@@ -223,18 +243,23 @@ def _charts(config: BenchmarkConfig, by_method: Runs) -> list[Chart]:
     for method, runs in by_method.items():
         if not runs:
             continue
-        starts = [_base_of(config, cell).scores().overall.mean for cell, _ in runs]
+        starts = [_base_of(config, cell).scores(config.suite.headline).overall.mean for cell, _ in runs]
         num = min(len(result["milestones"]) for _, result in runs)
         columns = [[result["milestones"][k] for _, result in runs] for k in range(num)]
         x = [0.0, *(_mean([milestone["spent"][unit] for milestone in column]) for column in columns)]
-        scores = [seed_interval(values) for values in [starts, *([m["strict"] for m in column] for column in columns)]]
+        scores = [seed_interval(values) for values in [starts, *([m["score"] for m in column] for column in columns)]]
         compute.append(_curve(method, x, scores))
         distance = [0.0, *(_mean([milestone["velocity_distance"] for milestone in column]) for column in columns)]
         drift.append(_curve(method, distance, scores))
     return [
-        Chart(title="Strict score against compute", curves=compute, x_label=unit, caption="Mean and 95 % interval over training seeds."),
         Chart(
-            title="Strict score against drift",
+            title=f"{_title(config).capitalize()} against compute",
+            curves=compute,
+            x_label=unit,
+            caption="Mean and 95 % interval over training seeds.",
+        ),
+        Chart(
+            title=f"{_title(config).capitalize()} against drift",
             curves=drift,
             x_label="velocity distance to the base",
             caption="Mean and 95 % interval over training seeds, of the score; mean distance.",
@@ -266,7 +291,7 @@ def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs
     pairs = [(_records(config, partners[cell.seed]), _records(config, cell)) for cell, _ in runs if cell.seed in partners]
     if not pairs:
         return ""
-    found = compare_runs(pairs)
+    found = compare_runs(pairs, measure=config.suite.headline)
     return f"{found.overall}, p = {found.p_value:.3f}; over seeds {_added(config, reference, runs)}"
 
 
@@ -274,7 +299,8 @@ def _added(config: BenchmarkConfig, before: Sequence[tuple[Cell, Any]], runs: Se
     """Return what was gained beyond another method, seed by seed; each over its own base, which guidance may have changed."""
 
     def gain(cell: Cell) -> float:
-        return _records(config, cell).scores().overall.mean - _base_of(config, cell).scores().overall.mean
+        ends = [records.scores(config.suite.headline).overall.mean for records in (_base_of(config, cell), _records(config, cell))]
+        return ends[1] - ends[0]
 
     earlier = {cell.seed: gain(cell) for cell, _ in before}
     differences = [gain(cell) - earlier[cell.seed] for cell, _ in runs if cell.seed in earlier]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flowalign import config as configuration
 from flowalign.config import ConfigError
+from flowalign.evaluate.suites import Suite, names, suite
 from flowalign.run_config import load_config
+from flowalign.suite_options import given_options, suite_options
 
 Unit = Literal["evaluations", "flops", "seconds"]
 UNITS: tuple[Unit, ...] = ("evaluations", "flops", "seconds")
@@ -55,17 +58,58 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
-    """What models are scored on.
+    """What models are scored on; the options are those of ``flowalign evaluate``.
 
     Attributes:
         name: Name of a suite.
         num_prompts: How many prompts.
         images_per_prompt: Images of each.
+        measure: The score that methods are compared by; null for "strict", which the suites "shapes" and "geneval" have. The suite "prompts" has
+            its rewards, by name.
+        split: Prompts of "shapes" or "geneval".
+        detector: Of "geneval".
+        clip: Of "geneval".
+        prompts: File of "prompts".
+        reward: Rewards of "prompts", each as YAML text: ``clip_score`` or ``{type: pickscore, model: FOLDER}``. One that no method is trained on
+            is a check that a method cannot have flattered.
     """
 
     name: str = "shapes"
     num_prompts: int = 120
     images_per_prompt: int = 2
+    measure: str | None = None
+    split: str | None = None
+    detector: str | None = None
+    clip: str | None = None
+    prompts: Path | None = None
+    reward: tuple[str, ...] | None = None
+
+    @property
+    def headline(self) -> str:
+        """The score that methods are compared by."""
+        return self.measure or "strict"
+
+    def options(self) -> dict[str, Any]:
+        """Return the options as the command line knows them."""
+        return {key: getattr(self, key) for key in ("split", "detector", "clip", "prompts", "reward")}
+
+    def check(self) -> None:
+        """Refuse suites that there are not and options of others; nothing is loaded.
+
+        Raises:
+            ConfigError: If it cannot be meant.
+        """
+        if self.name not in names():
+            near = difflib.get_close_matches(self.name, names(), n=1, cutoff=0)[0]
+            raise ConfigError(f"suite.name: got {self.name!r}, did you mean {near!r}? (known: {', '.join(names())})")
+        given_options(self.name, self.options(), "suite.")
+        if self.name == "prompts" and self.measure is None:
+            raise ConfigError("suite.measure: is needed by suite prompts: the name of the reward that methods are compared by")
+
+    def build(self) -> Suite:
+        """Make it; models of judges are loaded here."""
+        chosen = suite_options(self.name, self.num_prompts, self.options())
+        return suite(self.name, num_prompts=self.num_prompts, images_per_prompt=self.images_per_prompt, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +173,13 @@ class Cell:
         """Folder of the cell: it changes with whatever changes the result."""
         if self.phase == "base":
             return f"base/{self.reference}"
-        parts = {key: value for key, value in asdict(self).items() if key not in ("base", "overrides")}  # how the settings are written
+        parts = {key: value for key, value in self.written().items() if key not in ("base", "overrides")}  # how the settings are written
         return f"{_slug(self.method)}/{self.phase}_seed{self.seed}_{_digest(parts)}"
+
+    def written(self) -> dict[str, Any]:
+        """Return the cell as JSON has it."""
+        found: dict[str, Any] = configuration.encode(self)
+        return found
 
     def arguments(self, output: Path) -> list[str]:
         """Return the overrides as command-line words."""
@@ -189,10 +238,7 @@ class BenchmarkConfig:
         Raises:
             ConfigError: Names the method.
         """
-        if self.suite.name != "shapes":
-            raise ConfigError(
-                f"suite.name: got {self.suite.name!r}; benchmarks score on the shapes suite so far (flowalign evaluate scores a run on others)"
-            )
+        self.suite.check()
         for method in self.methods:
             for point in self.search.points():
                 try:
@@ -223,6 +269,9 @@ class BenchmarkConfig:
         overrides = {**changes, **point}
         settings = configuration.encode(load_config(base, _words(overrides)))
         pipeline = {key: value for key, value in settings["pipeline"].items() if key != "lora"}
+        pipeline["contents"] = _contents(Path(pipeline["model"]))
+        scored = {**configuration.encode(self.suite), "contents": None if self.suite.prompts is None else _contents(self.suite.prompts)}
+        asked = [_contents(Path(settings["prompts"]["source"])), pipeline, scored]
         return Cell(
             method=method,
             phase=phase,
@@ -234,14 +283,28 @@ class BenchmarkConfig:
             milestones=milestones,
             suite=self.suite,
             # The seed and the folder are the cell's own; a run stops by its budget and not by its steps.
-            settings=_digest({key: value for key, value in settings.items() if key not in ("seed", "output", "steps")}),
+            settings=_digest([{key: value for key, value in settings.items() if key not in ("seed", "output", "steps")}, asked]),
             # All that the images of an untrained model depend on.
-            reference=_digest([pipeline, asdict(self.suite)]),
+            reference=_digest([pipeline, scored]),
         )
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _contents(path: Path) -> Any:
+    """Return what tells other contents apart: of a file its hash; of a folder its small files' hashes, and the sizes and times of weights."""
+    if path.is_dir():
+        files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+        return [[str(inner.relative_to(path)), _contents(inner)] for inner in files]
+    if not path.is_file():
+        return None  # a name
+    about = path.stat()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if about.st_size < _SMALL else [about.st_size, about.st_mtime_ns]
+
+
+_SMALL = 2**26
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,9 @@ def _study(config: BenchmarkConfig, *, jobs: int, threads: int) -> Path:
     _run(bases, config, jobs=jobs, threads=threads, title="bases")
     for cell in bases:
         if not _is_done(config, cell):
-            raise ValueError(f"the base could not be scored; see {folder_of(config, cell) / 'output.txt'}")
+            output = folder_of(config, cell) / "output.txt"
+            said = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
+            raise ValueError(f"the base could not be scored: {said[-1] if said else 'it said nothing'}; see {output}")
     trials = [cell for method in config.methods for cell in config.trials(method)]
     _run(trials, config, jobs=jobs, threads=threads, title="search")
     best = {method: _best(config, method) for method in config.methods}
@@ -85,7 +86,7 @@ def _study(config: BenchmarkConfig, *, jobs: int, threads: int) -> Path:
 
 
 def _best(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:
-    """Return the search's best point by training reward, in which the held-out suite has no part; None where no trial finished well."""
+    """Return the search's best point by the reward on training prompts, in which the suite has no part; None where no trial finished well."""
     points = config.search.points()
     if len(points) == 1:
         return points[0]
@@ -107,7 +108,7 @@ def _run(cells: Sequence[Cell], config: BenchmarkConfig, *, jobs: int, threads: 
     def work(cell: Cell) -> int:
         folder = folder_of(config, cell)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "cell.json", json.dumps(asdict(cell), indent=2) + "\n")
+        write_atomically(folder / "cell.json", json.dumps(cell.written(), indent=2) + "\n")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with (folder / "output.txt").open("wb") as output:  # the cells' own progress would be a tangle
             command = [sys.executable, "-m", "flowalign.benchmark.cell", str(folder), str(threads)]

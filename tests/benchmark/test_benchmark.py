@@ -98,7 +98,10 @@ def in_process(monkeypatch):
         ({"search": {"grid": {"train.learning_rate": [1e-3, 1e-4]}, "seed": 1}}, "a search on them would favour"),
         ({"search": {"grid": {"train.learning_rate": [1e-3, -1.0]}}}, "methods.awm: .*learning_rate: got -1"),
         ({"sede": [1]}, "did you mean 'seeds'"),
-        ({"suite": {"name": "shpes"}}, "suite.name: got 'shpes'"),
+        ({"suite": {"name": "shpes"}}, "suite.name: got 'shpes', did you mean 'shapes'"),
+        ({"suite": {"detector": "x"}}, "suite.detector: is an option of suite geneval, not of 'shapes'"),
+        ({"suite": {"name": "prompts", "prompts": "p.txt"}}, "suite.reward: is needed by suite prompts"),
+        ({"suite": {"name": "prompts", "prompts": "p.txt", "reward": ["jpeg_size"]}}, "suite.measure: is needed by suite prompts"),
     ],
 )
 def test_a_benchmark_that_cannot_be_meant_is_refused_before_it_begins(write, changes, message):
@@ -147,7 +150,7 @@ def test_what_runs_spend_is_what_the_formulas_say_and_never_more_than_the_budget
         assert spent["evaluations"] == num * (sampled + 3 * trained) <= 400 < (num + 1) * (sampled + 3 * trained)
         assert spent["flops"] == pytest.approx(spent["evaluations"] * spent["flops"] / spent["evaluations"])
         assert [milestone["step"] for milestone in result["milestones"]][-1] == num
-        assert set(result["milestones"][-1]) >= {"strict", "graded", "velocity_distance", "diversity", "kernel_distance"}
+        assert set(result["milestones"][-1]) >= {"score", "scores", "velocity_distance", "diversity", "kernel_distance"}
 
 
 def test_flops_of_a_row_are_those_of_its_matrix_products(model):
@@ -198,7 +201,7 @@ def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in
     shown = capsys.readouterr().out
     assert "gain less that of the line above, over seeds" in shown
     results = json.loads((config.output / "results.json").read_text())["runs"]
-    strict = [[result["milestones"][-1]["strict"] for result in results[first : first + 2]] for first in (0, 2)]
+    strict = [[result["milestones"][-1]["score"] for result in results[first : first + 2]] for first in (0, 2)]
     # Both have one base, so that the difference of gains is that of scores.
     added = [two - one for one, two in zip(*strict, strict=True)]
     assert f"| {sum(added) / 2:.3f} [" in shown
@@ -227,6 +230,47 @@ def test_a_crashed_cell_loses_no_other_and_is_tried_again(write, in_process, mon
     monkeypatch.setattr(study.subprocess, "Popen", kept)
     study.benchmark(str(path))
     assert read_result(config, config.final("awm", {}, 0)) is not None
+
+
+def test_any_prompts_and_rewards_can_be_what_methods_are_compared_by(write, in_process, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\ntwo green triangles\n")
+    asked = {"name": "prompts", "prompts": str(tmp_path / "prompts.txt"), "reward": ["jpeg_size"], "measure": "jpeg_size"}
+    path = write(seeds=[0], suite={**asked, "num_prompts": 3, "images_per_prompt": 2})
+    report = study.benchmark(str(path))
+    assert "Jpeg_size against compute" in report.read_text()
+    assert "| method | seeds | jpeg_size | gain over the base |" in capsys.readouterr().out
+    config = load_benchmark(path, [])
+    milestone = read_result(config, config.final("awm", {}, 0))["milestones"][-1]
+    assert milestone["score"] == milestone["scores"]["jpeg_size"]
+    assert 0 <= milestone["precision"] <= 1
+    before = config.final("awm", {}, 0).name
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    assert load_benchmark(path, []).final("awm", {}, 0).name != before
+    wrong = write(seeds=[0], suite={**asked, "measure": "clip_score"})
+    with pytest.raises(ValueError, match="no image has a score 'clip_score'; there are jpeg_size"):
+        study.benchmark(str(wrong))
+
+
+def test_trials_are_told_apart_by_their_last_update(write, in_process):
+    """A trial of one step logs the reward of the model before it, which is the same for all rates."""
+    path = write(seeds=[0], methods={"awm": {}}, search={"grid": {"train.learning_rate": [1e-9, 3e-1]}, "share": 0.25})
+    study.benchmark(str(path))
+    config = load_benchmark(path, [])
+    still, wild = (read_result(config, cell) for cell in config.trials("awm"))
+    assert (still["steps"], wild["steps"]) == (1, 1)
+    assert still["reward"] != wild["reward"]
+
+
+def test_runs_by_different_software_are_said_to_be(write, in_process, capsys):
+    path = write(seeds=[0])
+    study.benchmark(str(path))
+    assert "Runs differ in" not in capsys.readouterr().out
+    config = load_benchmark(path, [])
+    result = folder_of(config, config.final("awm", {}, 0)) / "result.json"
+    found = json.loads(result.read_text())
+    result.write_text(json.dumps({**found, "versions": {**found["versions"], "torch": "1.0"}}))
+    study.benchmark(str(path))
+    assert "Runs differ in torch: 1.0 (1), " in capsys.readouterr().out
 
 
 def test_a_method_whose_search_fails_is_left_out_and_named(write, in_process, monkeypatch, capsys):
@@ -266,9 +310,9 @@ def test_a_cell_runs_in_an_interpreter_of_its_own(write):
 
 def test_the_price_of_a_score():
     course = [
-        {"strict": 0.5, "spent": {"flops": 10.0}},
-        {"strict": 0.4, "spent": {"flops": 20.0}},
-        {"strict": 0.8, "spent": {"flops": 30.0}},
+        {"score": 0.5, "spent": {"flops": 10.0}},
+        {"score": 0.4, "spent": {"flops": 20.0}},
+        {"score": 0.8, "spent": {"flops": 30.0}},
     ]
     assert price(course, 0.2, 0.35, "flops") == pytest.approx(5.0)  # never below it again
     assert price(course, 0.2, 0.45, "flops") == pytest.approx(21.25)  # what was reached at 20 was lost again
@@ -296,14 +340,15 @@ def test_a_run_that_diverges_counts_with_what_was_last_measured(write, in_proces
     result = read_result(config, config.final("awm", {}, 1))
     assert result["steps"] == 1
     base = read_evaluation(config.output / "base" / config.final("awm", {}, 1).reference / "records.jsonl").scores().overall.mean
-    assert result["milestones"][-1]["strict"] == base
+    assert result["milestones"][-1]["score"] == base
     assert "| awm | 2 |" in shown
     assert "| awm | 0 of 2 |" in shown
 
 
 def test_equal_trials_are_no_choice_and_are_said_to_be_none(write, in_process, capsys):
-    # One step each: its reward is of the model before it.
-    path = write(seeds=[0], budget={"evaluations": 100}, search={"grid": {"train.learning_rate": [1e-4, 1e-2]}, "share": 1.0})
+    # Rates that move nothing.
+    grid = {"train.learning_rate": [1e-30, 2e-30]}
+    path = write(seeds=[0], budget={"evaluations": 100}, search={"grid": grid, "share": 1.0})
     study.benchmark(str(path))
     assert capsys.readouterr().out.count("the first of equals: no choice") == 2
 

@@ -30,6 +30,8 @@ class Reward:
             values = (values > values.median()).double()
         if self.config.broken == "nan":
             values[1] = float("nan")
+        if self.config.broken == "two":
+            values[:2] = float("nan")
         if self.config.broken == "length":
             values = values[1:]
         if self.config.broken == "list":

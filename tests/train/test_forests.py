@@ -147,6 +147,21 @@ def test_tempflow_compares_the_children_of_a_state_and_counts_its_evaluations(wr
     }
 
 
+def test_tempflow_trains_on_when_a_reward_leaves_one_child_of_a_state(write_config):
+    """Two of a state's three children are not computed: they are left out, the third has nothing to be compared with, the others go on."""
+    skipping = [{"reward": {"type": "tests.train.brightness", "broken": "two"}, "may_skip": True}]
+    built = build(write_config, algorithm=TEMPFLOW, rewards=skipping)
+    experience = built.collect(0).experience
+    assert experience.keep.tolist() == [False] * 2 + [True] * 34
+    alone = experience.trajectory.transitions
+    assert torch.unique(alone.state[torch.isin(alone.sample, torch.arange(3))]).numel() == 1
+    assert experience.advantage[2].abs().max() == 0
+    assert experience.advantage[3:].abs().max() > 0.5
+    line = built.step(0)
+    assert math.isfinite(line["metrics"]["loss"])
+    assert line["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
     "recipe", ["gigpo", "spo_tree", "tree_rl", "tree_rpo", "tree_grpo", "branch_grpo", "spo_chain", "remax", "flow_grpo"]
 )
