@@ -249,8 +249,9 @@ class FlowPipeline:
         if x.shape != (len(cond), *self.event_shape):
             raise ValueError(f"x: got shape {tuple(x.shape)}, needed {(len(cond), *self.event_shape)}")
         if torch.is_grad_enabled() and self.roles.is_trained(role):
-            with self.roles.use(role):
-                return self.replayed(self.modules.get(role, self.module), x, sigma, cond)
+            with self.roles.use(role) as network:
+                wrapped = self.module if network is self.roles.module else network
+                return self.replayed(self.modules.get(role, wrapped), x, sigma, cond)
         # Not the wrapped module: DDP would talk to other ranks in a pass without gradient.
         with self.roles.use(role) as network, torch.no_grad():
             return self.replayed(network, x, sigma, cond)

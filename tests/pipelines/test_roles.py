@@ -25,6 +25,14 @@ def test_adapters_reach_every_attention_layer_and_start_at_the_base(fresh, build
     assert all(isinstance(fresh.denoiser.get_submodule(name), LoraLayer) for name in fresh.roles.layers)
 
 
+def test_a_trained_copy_of_all_weights_carries_its_own_gradient(build):
+    flow = build(lora=None)
+    flow.roles.add("fake", trained=True)
+    flow.velocity(initial(), HALF, flow.encode(PROMPTS), "fake").square().sum().backward()
+    assert all(parameter.grad is None for parameter in flow.roles.trainable_parameters("current"))
+    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in flow.roles.trainable_parameters("fake"))
+
+
 def test_every_adapter_gets_a_gradient_and_nothing_else_does(fresh):
     cond = fresh.encode(PROMPTS)
     with torch.no_grad():

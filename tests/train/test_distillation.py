@@ -1,6 +1,9 @@
 """Distillation through the whole loop: roles on one base, critics, counts, resuming, ranks, and a pipeline that samples in one step."""
 
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from flowalign.config import ConfigError
 from flowalign.core.algorithm import Update
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config
+from flowalign.train.checkpoint import load_newest
 from flowalign.train.journal import read_log
 from tests.train.launch import on_one_and_two_processes
 
@@ -190,6 +194,58 @@ def test_a_resumed_run_ends_with_the_same_bits(write_config, capsys):
     assert "push" in logs[0][-1]["metrics"]
     with pytest.raises(ConfigError, match="divergence"):
         run_training(load_config(str(parts), ["--steps", "6", "--algorithm.weights.divergence", "forward_kl"]))
+
+
+KILLED = """
+import os, signal, sys
+from flowalign.run import run_training
+from flowalign.run_config import load_config
+from flowalign.train.fit import Trainer
+
+honest, at = Trainer._turn, (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+
+def turn(self, name, parts, velocity, keep, update):
+    if (update.step, update.index, name) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(self, name, parts, velocity, keep, update)
+
+Trainer._turn = turn
+run_training(load_config(sys.argv[1]))
+"""
+
+
+def test_a_run_that_is_killed_between_its_critics_updates_resumes_to_the_same_bits(write_config):
+    """Once while the critics learn alone, once while the student learns too; half of each step's critics had moved."""
+    same = {"steps": 5, "algorithm": {"least_steps": 2}}
+    whole, parts = settings(write_config, "whole", **same), settings(write_config, "killed", **same)
+
+    def launch(path, *at):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(path), *at], capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    for at in (("1", "0", "discriminator"), ("3", "1", "fake")):
+        code, said = launch(parts, *at)
+        assert code == -signal.SIGKILL, said
+        assert [line["step"] for line in read_log(load_config(str(parts)).output / "log.jsonl")] == list(range(int(at[0])))
+    for path in (parts, whole):
+        code, said = launch(path, "-1", "0", "nobody")
+        assert code == 0, said
+    folders = [load_config(str(path)).output for path in (whole, parts)]
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    assert [line["metrics"] for line in logs[0]] == [line["metrics"] for line in logs[1]]
+    states = [load_newest(folder / "checkpoints")[1] for folder in folders]
+    assert flat(states[0]).keys() == flat(states[1]).keys()
+    for name, value in flat(states[0]).items():
+        other = flat(states[1])[name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    assert "push" in logs[0][-1]["metrics"]
+
+
+def flat(state, prefix=""):
+    if not isinstance(state, dict | list):
+        return {prefix: state}
+    inner = state.items() if isinstance(state, dict) else enumerate(state)
+    return {key: value for name, part in inner for key, value in flat(part, f"{prefix}/{name}").items()}
 
 
 def test_samples_of_the_teacher_that_were_cut_off_are_made_again(write_config):
