@@ -128,11 +128,12 @@ def student_steps(config: RunConfig) -> int | None:
     return config.algorithm.student_steps if isinstance(config.algorithm, Settings) else None
 
 
-def _steps_of_base(lora: Path, num_steps: int) -> int:
-    """Return the steps of the model without a LoRA: a student is compared with its teacher as that is sampled, all others step for step."""
-    run = _run_of(lora)
-    config = None if run is None else load_config(str(run))
-    return num_steps if config is None or student_steps(config) is None else config.pipeline.num_steps
+def _steps_of_other(mine: Path, other: str | None, num_steps: int) -> int:
+    """Return the steps of what a model is compared with: its own where it is a student, the teacher's where the model is one, else the same."""
+    runs = [_run_of(mine), None if other is None else _run_of(Path(other))]
+    own, theirs = (None if run is None else load_config(str(run)) for run in runs)
+    few = None if theirs is None else student_steps(theirs)
+    return few or (num_steps if own is None or student_steps(own) is None else own.pipeline.num_steps)
 
 
 def _run_of(weights: Path) -> Path | None:
@@ -166,12 +167,13 @@ def evaluate(
     tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
     result: dict[str, Any] = tuned.summary()
     base, steps = None, evaluated.num_steps
+    if against is not None or lora is not None:
+        steps = _steps_of_other(lora or Path(model), against, evaluated.num_steps)
     if against is not None:
         # The same settings: a comparison is of weights, not of guidance or sizes.
         other = replace(settings, model=against, lora=None).build(device=evaluated.device)
-        base = score_model(other, chosen, num_steps=evaluated.num_steps, seed=seed, title=against)
+        base = score_model(other, chosen, num_steps=steps, seed=seed, title=against)
     elif lora is not None:
-        steps = _steps_of_base(lora, evaluated.num_steps)
         base = score_model(evaluated, chosen, num_steps=steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
     found = {} if base is None else compare(base, tuned)
     if base is not None:
@@ -179,7 +181,7 @@ def evaluate(
         result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
         result["verdict"] = {measure: verdict(difference, resolution=resolution) for measure, difference in found.items()}
     for measure in found or tuned.measures():
-        against_steps = "" if steps == evaluated.num_steps else f" against {steps} of the base"
+        against_steps = "" if steps == evaluated.num_steps else f" against {steps} of the other"
         print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps{against_steps}, seed {seed}")
         print(table(base or tuned, tuned if base else None, measure=measure))
         if measure in found:

@@ -5,6 +5,7 @@ All are one network: the teacher is the frozen base, fake score and student are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.core.adamw import AdamW
-from flowalign.core.algorithm import Rows, Velocity
+from flowalign.core.algorithm import Rows, Update, Velocity
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.schedules import shift_sigmas
 
@@ -64,6 +65,8 @@ class Settings:
         teacher_steps: Steps of the teacher's own samples; null for the pipeline's ``num_steps``.
         num_pairs: The teacher's samples that are made at the start, in whole groups: the warm-up's targets, and what the discriminator holds for real.
         warmup_steps: Steps in which the student alone is drawn to what the teacher made of the same noise; for K above 1 at its first rung.
+        warmup_learning_rate: Of the student in the warm-up; null for ``train.learning_rate``. Regression bears far larger steps than the push
+            between two scores that have to keep up with each other.
         critic_updates: Updates of the critics for each of the student (published: 4 or 5); a step has them and one of the student.
         least_steps: Steps that the critics learn alone after the warm-up, at least.
         patience: The run stops with an error if the student was held back for more steps than that, warm-up left out.
@@ -80,6 +83,7 @@ class Settings:
     teacher_steps: int | None = None
     num_pairs: int = 1024
     warmup_steps: int = 0
+    warmup_learning_rate: float | None = None
     critic_updates: int = 5
     least_steps: int = 10
     patience: int = 200
@@ -98,6 +102,10 @@ class Settings:
         for name in ("warmup_steps", "least_steps", "adversarial_weight"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name}: got {vars(self)[name]}, needed at least 0")
+        if self.warmup_learning_rate is not None and not 0 < self.warmup_learning_rate < math.inf:
+            raise ValueError(
+                f"warmup_learning_rate: got {self.warmup_learning_rate}, needed a positive number, or null for train.learning_rate"
+            )
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher_steps: got {self.teacher_steps}, needed at least 1, or null for the pipeline's num_steps")
         if self.guidance_scale < 1:
@@ -136,6 +144,10 @@ class Distillation(Protocol):
 
     def start(self) -> State:
         """Return the state that the critics' statistics begin with."""
+        ...
+
+    def learning_rate(self, update: Update, usual: float) -> float:
+        """Return the student's in an update, given the usual one."""
         ...
 
     def look(self, rows: Rows, velocity: Velocity) -> Rows:

@@ -68,6 +68,11 @@ class Distiller:
             return (FAKE, DISCRIMINATOR) if self.judges else (FAKE,)
         return (CURRENT,) if ready else ()
 
+    def learning_rate(self, update: Update, usual: float) -> float:
+        """The warm-up's own, where it has one."""
+        own: float | None = self.config.warmup_learning_rate
+        return usual if own is None or not self._is_warmup(update) else own
+
     def start(self) -> State:
         """Nothing is remembered."""
         return {}

@@ -211,9 +211,11 @@ class Trainer:
             return {}
         means = self._mean_over_ranks(sums)
         self._check_finite(name, update.step, means["loss"], norm)
-        number = update.key(self.algorithm.num_updates) + 1
+        number, rate = update.key(self.algorithm.num_updates) + 1, player.learning_rate
+        if name == CURRENT and isinstance(self.algorithm, Distillation):
+            rate = self.algorithm.learning_rate(update, rate)
         for options in player.optimizer.param_groups:
-            options["lr"] = player.learning_rate * min(1.0, number / max(1, self.config.warmup))
+            options["lr"] = rate * min(1.0, number / max(1, self.config.warmup))
         player.optimizer.step()
         player.optimizer.zero_grad(set_to_none=True)
         loss = means.pop("loss")

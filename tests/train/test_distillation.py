@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from flowalign.config import ConfigError
 from flowalign.core.algorithm import Update
+from flowalign.generate import evaluate
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config
 from flowalign.train.checkpoint import load_newest
@@ -70,6 +71,15 @@ def test_a_step_moves_the_critics_then_the_student_and_evaluates_what_it_must(wr
     assert lines[1]["grad_norm"] == 0
     assert lines[2]["grad_norm"] > 0
     assert moved(built, before) == {"current": True, "fake": True}
+
+
+def test_the_warm_up_has_a_learning_rate_of_its_own(write_config):
+    built = build(write_config, algorithm={"warmup_steps": 1, "least_steps": 0, "warmup_learning_rate": 0.5})
+    rates = []
+    for step in range(2):
+        built.step(step)
+        rates.append(built.optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, SMALL["learning_rate"]]
 
 
 def test_the_teacher_is_the_base_bit_for_bit_and_the_fake_score_begins_as_it(write_config):
@@ -283,6 +293,17 @@ def test_a_student_samples_in_one_step_from_its_file(write_config):
     ).images
     x0 = noise - built.pipeline.velocity(noise, torch.ones(2), built.pipeline.encode([prompt] * 2), "current")
     torch.testing.assert_close(images, built.pipeline.decode(x0.detach()), atol=1e-4, rtol=0)
+
+
+def test_a_student_of_all_weights_is_compared_with_its_teacher_as_that_is_sampled(write_config, model, capsys):
+    pipeline = {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": None}
+    path = settings(write_config, steps=2, algorithm={"least_steps": 1}, pipeline=pipeline)
+    run_training(load_config(str(path)))
+    weights = load_config(str(path)).output / "weights"
+    evaluate(str(weights), against=str(model), num_prompts=6, images_per_prompt=1)
+    assert "1 steps against 4 of the other" in capsys.readouterr().out
+    evaluate(str(model), against=str(weights), num_prompts=6, images_per_prompt=1, num_steps=4)
+    assert "4 steps against 1 of the other" in capsys.readouterr().out
 
 
 def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):
