@@ -1,8 +1,9 @@
 """One step on the shapes world: divergences, what matching adds to the warm-up, and the teacher at several numbers of steps.
 
-Every student is `shapes_f_distill` with another divergence and seed. The control "pairs" goes on with the warm-up instead, for as many evaluations as the others take. All are scored on
-held-out prompts: strict and graded score, and three measures that know nothing of the verifier, in features of a fixed random network: kernel distance to real
-images, coverage of the teacher's images, and diversity within a prompt over the teacher's. Finished runs are kept, so that the command goes on where it was stopped.
+Every student is `shapes_f_distill` with another divergence and seed. Students of a seed share their warm-up, which is a run of its own and is measured too: what they differ by is what matching made of it. The
+control "more pairs" goes on with the warm-up instead, for as many evaluations as the others take. All are scored on held-out prompts: strict and graded score, and measures that know nothing of the
+verifier, in features of a fixed random network: kernel distance to real images, coverage of the teacher's images, and diversity within a prompt over the teacher's. Finished runs
+are kept, so that the command goes on where it was stopped.
 
     python benchmarks/distill_world.py --output runs/distill_world --jobs 2
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,7 +40,7 @@ from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log, write_atomically
 
 DIVERGENCES = ("reverse_kl", "jensen_shannon", "forward_kl")
-PAIRS = "pairs"
+WARM, PAIRS = "warm-up", "more pairs"
 TEACHER_STEPS = (1, 2, 4, 10, 20)
 MEASURES = {
     "strict": "strict",
@@ -98,9 +100,21 @@ def teacher_of(output: Path, threads: int) -> dict[str, Any]:
 
 def configuration(output: Path, name: str, seed: int, steps: int | None, extra: Sequence[str]) -> RunConfig:
     """Return the run of a student."""
-    flags = ["--seed", str(seed), "--output", str(output / f"{name}_{seed}"), *extra]
-    flags += ["--algorithm.warmup_steps", str(steps)] if name == PAIRS else ["--algorithm.weights.divergence", name]
+    usual = load_config("shapes_f_distill", list(extra)).algorithm.warmup_steps
+    steps = usual if name == WARM else steps
+    flags = [*extra, "--seed", str(seed), "--output", str(output / f"{name.replace(' ', '_')}_{seed}")]
+    flags += ["--algorithm.weights.divergence", name] if name in DIVERGENCES else ["--algorithm.warmup_steps", str(steps)]
     return load_config("shapes_f_distill", [*flags, *(["--steps", str(steps)] if steps is not None else [])])
+
+
+def start_from(warm: Path, folder: Path) -> None:
+    """Let a run go on from a finished warm-up; what it has done itself is kept."""
+    if (folder / "log.jsonl").is_file():
+        return
+    for part in ("checkpoints", "pairs"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        shutil.copytree(warm / part, folder / part)
+    shutil.copy(warm / "log.jsonl", folder / "log.jsonl")  # last: it says that the others are whole
 
 
 def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequence[str], threads: int) -> None:
@@ -112,6 +126,8 @@ def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequen
     path = config.output / "result.json"
     if path.is_file():
         return
+    if name != WARM:
+        start_from(configuration(output, WARM, seed, None, extra).output, config.output)
     pipeline = config.pipeline.build(seed=config.seed)
     trainer = run_training(config, pipeline=pipeline)
     found = score_model(pipeline, suite(), num_steps=1, seed=0, title=f"{name}, seed {seed}", role=trainer.result)
@@ -142,16 +158,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each job")
     options, extra = parser.parse_known_args()
     teacher = teacher_of(options.output, options.threads * options.jobs)
+    _run(options, [(WARM, seed, None) for seed in options.seeds], extra)
     _run(options, [(name, seed, None) for seed in options.seeds for name in DIVERGENCES], extra)
     # The control gets the evaluations that the others took, on average.
     taken = [_result(options.output, name, seed)["evaluations"] for name in DIVERGENCES for seed in options.seeds]
+    warm = [_result(options.output, WARM, seed)["evaluations"] for seed in options.seeds]
     config = load_config("shapes_f_distill", extra)
     batch = config.train.groups * config.train.group_size
-    teaching = config.algorithm.num_pairs * (config.algorithm.teacher_steps or config.pipeline.num_steps)
     each = (3 * (config.algorithm.critic_updates + 1) + 1) * batch
-    steps = round((sum(taken) / len(taken) - teaching) / each)
+    steps = config.algorithm.warmup_steps + round((sum(taken) / len(taken) - sum(warm) / len(warm)) / each)
     _run(options, [(PAIRS, seed, steps) for seed in options.seeds], extra)
-    results = {name: [_result(options.output, name, seed) for seed in options.seeds] for name in (PAIRS, *DIVERGENCES)}
+    results = {name: [_result(options.output, name, seed) for seed in options.seeds] for name in (WARM, PAIRS, *DIVERGENCES)}
     _report(options, teacher, results)
 
 
@@ -163,7 +180,7 @@ def _run(options: argparse.Namespace, wanted: Sequence[tuple[str, int, int | Non
 
 
 def _result(output: Path, name: str, seed: int) -> dict[str, float]:
-    found: dict[str, float] = json.loads((output / f"{name}_{seed}" / "result.json").read_text())
+    found: dict[str, float] = json.loads((output / f"{name.replace(' ', '_')}_{seed}" / "result.json").read_text())
     return found
 
 
@@ -182,7 +199,7 @@ def _report(options: argparse.Namespace, teacher: dict[str, Any], results: dict[
     rows = [[str(cell) for cell in row] for row in rows]
     differences = []
     for name in DIVERGENCES:
-        for other in (PAIRS, "reverse_kl"):
+        for other in (WARM, PAIRS, "reverse_kl"):
             if name != other:
                 spans = [
                     str(seed_interval([one[key] - two[key] for one, two in zip(results[name], results[other], strict=True)]))

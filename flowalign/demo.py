@@ -24,57 +24,58 @@ from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model, velocity_distance
-from flowalign.one_step import OneStep, distil
 from flowalign.run import run_training
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 NUM_PROMPTS, IMAGES_PER_PROMPT = 150, 4
-_FLOOR_THREADS = 8  # beyond that the small networks only wait for each other
+_MOST_THREADS = 8  # beyond that the small networks only wait for each other
 
 
-def demo(output: Path, *, seed: int = 0, threads: int | None = None, distill: bool = False) -> dict[str, Any]:
+def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str, Any]:
     """Evaluate the shipped base on held-out prompts, align it with AWM, evaluate again, and write a report.
 
     Args:
         output: Folder for ``report.html``, ``summary.json``, the records and the run with its LoRA.
         seed: Seed of the training run; the evaluation's prompts and noise are always the same.
         threads: CPU threads; None for all cores, at most 8.
-        distill: Then distil what was aligned into one step.
 
     Returns:
         What ``summary.json`` holds.
     """
     began = time.monotonic()
-    torch.set_num_threads(threads or min(_FLOOR_THREADS, os.cpu_count() or 1))
+    begin(threads)
     config = load_config("shapes_awm")
     config = replace(config, seed=seed, output=output / "run")
     suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
-    if not (shapes.FOLDER / "model_index.json").is_file():
-        raise ConfigError(f"{shapes.FOLDER}: the shipped pipeline is missing; reinstall flowalign")
     output.mkdir(parents=True, exist_ok=True)
     num_steps = config.pipeline.num_steps
     print(f"flowalign demo: AWM on the shipped StableDiffusion3Pipeline, seed {seed}, {torch.get_num_threads()} CPU threads")
     pipeline = config.pipeline.build(seed=seed)
-    parts = 4 if distill else 3
-    print(f"1/{parts}  the base on {NUM_PROMPTS} held-out prompts, {IMAGES_PER_PROMPT} images each")
+    print(f"1/3  the base on {NUM_PROMPTS} held-out prompts, {IMAGES_PER_PROMPT} images each")
     base = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="base")
     print(f"     strict {base.scores().overall}")
-    print(f"2/{parts}  {config.steps} training steps on other prompts")
+    print(f"2/3  {config.steps} training steps on other prompts")
     evaluated = time.monotonic()
     trainer = run_training(config, pipeline=pipeline)
     trained = time.monotonic()
-    print(f"3/{parts}  the tuned model on the same prompts and noise")
+    print("3/3  the tuned model on the same prompts and noise")
     tuned = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
     moved = _drift(suite, base, tuned)
     distance = velocity_distance(pipeline, list(dict.fromkeys(record.prompt for record in tuned.records))[:64], trainer.result)
     phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
-    found = None
-    if distill:
-        print("4/4  one step: f-distill of the tuned model")
-        found = distil(output, config.output, suite, seed=seed)
-        phases["distillation"] = found.seconds
-    return _finish(output, config, base, tuned, moved, distance, phases, time.monotonic() - began, found)
+    return _finish(output, config, base, tuned, moved, distance, phases, time.monotonic() - began)
+
+
+def begin(threads: int | None) -> None:
+    """Set the threads of a demo: all cores, at most 8, unless told.
+
+    Raises:
+        ConfigError: If the shipped pipeline is missing.
+    """
+    torch.set_num_threads(threads or min(_MOST_THREADS, os.cpu_count() or 1))
+    if not (shapes.FOLDER / "model_index.json").is_file():
+        raise ConfigError(f"{shapes.FOLDER}: the shipped pipeline is missing; reinstall flowalign")
 
 
 def _distance_row(distance: float) -> list[str]:
@@ -103,7 +104,6 @@ def _finish(
     distance: float,
     phases: dict[str, float],
     seconds: float,
-    one_step: OneStep | None,
 ) -> dict[str, Any]:
     """Write records, report and summary, and say the result."""
     base.write(output / "records_base.jsonl")
@@ -113,7 +113,6 @@ def _finish(
     summary = {
         "base": base.summary(),
         "tuned": tuned.summary(),
-        **({} if one_step is None else {"one_step": one_step.summary()}),
         "paired_difference": {measure: found.as_dict() for measure, found in differences.items()},
         "drift": {**moved.as_dict(), "velocity_distance": distance},
         "seconds": round(seconds, 1),
@@ -121,16 +120,12 @@ def _finish(
         "versions": versions(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if one_step is not None:
-        one_step.student.write(output / "records_one_step.jsonl")
-    report = write_report(output / "report.html", _report(config, base, tuned, moved, distance, phases, log, one_step))
+    report = write_report(output / "report.html", _report(config, base, tuned, moved, distance, phases, log))
     print(f"\n{table(base, tuned)}\n")
     print(f"base   strict {base.scores().overall}   graded {base.scores('graded').overall}")
     print(f"tuned  strict {tuned.scores().overall}   graded {tuned.scores('graded').overall}")
     gained = differences["strict"]
     print(f"gain   strict {gained.overall} (paired, 95 % interval; sign-flip p = {gained.p_value:.4f})")
-    if one_step is not None:
-        print(f"1 step strict {one_step.student.scores().overall}   {one_step.share():.0%} of the tuned model's ({one_step.seconds:.0f} s)")
     print(f"drift  mean squared velocity distance to the base {distance:.4f} on held-out prompts")
     print(f"report {report}\nLoRA   {config.output / 'weights'}\ntime   {seconds:.0f} s")
     return summary
@@ -144,7 +139,6 @@ def _report(
     distance: float,
     phases: dict[str, float],
     log: list[dict[str, Any]],
-    one_step: OneStep | None,
 ) -> Report:
     flat = [{"step": line["step"] + 1, **line["reward"], **line["metrics"], "grad_norm": line["grad_norm"]} for line in log]
     charts = [Chart(title="Reward on training prompts", curves=[curve_from_log(flat, name) for name in log[0]["reward"]])]
@@ -156,20 +150,15 @@ def _report(
     inside = {name: sum(line["time_s"].get(name, 0.0) for line in log) for name in names}
     shares = [Share(name="evaluation", seconds=phases["evaluation"])]
     shares += [Share(name=f"training: {name}", seconds=seconds) for name, seconds in inside.items()]
-    shares += [Share(name="distillation", seconds=phases["distillation"])] if one_step is not None else []
-    further = None if one_step is None else ("one step", one_step.student)
     return Report(
         title="flowalign demo",
         subtitle=f"AWM on the shipped shapes pipeline, {base.suite}, training seed {config.seed}",
         headline=headline(base, tuned, name="Strict score on held-out prompts"),
-        comparisons=comparisons(base, tuned, further=further),
+        comparisons=comparisons(base, tuned),
         scores=score_rows(base, tuned),
-        charts=[*charts, *([] if one_step is None else one_step.charts())],
+        charts=charts,
         shares=shares,
-        tables=[
-            *([] if one_step is None else [one_step.table()]),
-            Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=[*moved.rows(), _distance_row(distance)]),
-        ],
+        tables=[Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=[*moved.rows(), _distance_row(distance)])],
         command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
         versions=versions(),

@@ -1,97 +1,139 @@
-"""The second half of ``flowalign demo --distill``: the tuned model as a student of one step."""
+"""``flowalign demo --distill``: the shipped pipeline as a student that samples in one step."""
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowalign.core.algorithm import REFERENCE
+import yaml
+
+from flowalign import config as configuration
+from flowalign import images
+from flowalign.demo import IMAGES_PER_PROMPT, NUM_PROMPTS, begin
+from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, curve_from_log
+from flowalign.evaluate.drift import COLUMNS, measure_drift
 from flowalign.evaluate.records import Evaluation
-from flowalign.evaluate.report import Table
-from flowalign.generate import merge, score_model
+from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
+from flowalign.evaluate.suites import ShapesSuite
+from flowalign.generate import score_model
 from flowalign.run import run_training
-from flowalign.run_config import load_config
+from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
-TEACHER_STEPS = (1, 2, 4, 8)
+TEACHER_STEPS = (1, 2, 4, 8, 20)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneStep:
-    """What became of a distillation.
-
-    Attributes:
-        student: Scores of the student in one step.
-        teacher: Scores of the teacher, which is the tuned model, by number of steps.
-        run: The run's folder.
-        seconds: What it took, evaluation included.
-    """
-
-    student: Evaluation
-    teacher: dict[int, Evaluation]
-    run: Path
-    seconds: float
-
-    def summary(self) -> dict[str, Any]:
-        """Return scores for ``summary.json``."""
-        teacher = {str(steps): evaluation.scores().overall.mean for steps, evaluation in self.teacher.items()}
-        return {
-            **self.student.summary(),
-            "teacher_by_steps": teacher,
-            "share_of_teacher": self.share(),
-            "distillation_seconds": round(self.seconds, 1),
-        }
-
-    def share(self) -> float:
-        """Return the student's strict score over the teacher's at its most steps."""
-        best = self.teacher[max(self.teacher)].scores().overall.mean
-        return self.student.scores().overall.mean / best
-
-    def table(self) -> Table:
-        """Return the scores by number of steps."""
-        rows = [
-            [f"tuned, {steps} steps" if steps > 1 else "tuned, 1 step", str(found.scores().overall), str(found.scores("graded").overall)]
-            for steps, found in self.teacher.items()
-        ]
-        rows.append(["student, 1 step", str(self.student.scores().overall), str(self.student.scores("graded").overall)])
-        caption = f"The student has {self.share():.0%} of the strict score that the tuned model has in {max(self.teacher)} steps."
-        return Table(title="In one step", columns=("Model", "Strict", "Graded"), rows=rows, caption=caption)
-
-    def charts(self) -> list[Chart]:
-        """Return curves of the distillation."""
-        flat = [
-            {"step": line["step"] + 1, **line["reward"], **line["monitor"], **line["metrics"]} for line in read_log(self.run / "log.jsonl")
-        ]
-        names = (
-            ("shapes", "Student's strict score on training prompts"),
-            ("diversity", "Student's diversity within a prompt"),
-            ("ratio/effective_share", "Effective share of the batch"),
-        )
-        return [Chart(title=f"Distillation: {title[0].lower()}{title[1:]}", curves=[curve_from_log(flat, key)]) for key, title in names]
-
-
-def distil(output: Path, run: Path, suite: Any, *, seed: int) -> OneStep:
-    """Merge a run's LoRA into the shipped pipeline and distil the result into one step.
+def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str, Any]:
+    """Evaluate the shipped pipeline in 1 to 20 steps, distil it with f-distill, evaluate the student in one, and write a report.
 
     Args:
-        output: Folder of the demo; gets ``aligned`` and ``one_step``.
-        run: Folder of the run that aligned it.
-        suite: What both are scored on.
-        seed: Seed of the distillation.
+        output: Folder for ``report.html``, ``summary.json``, ``one_step.png``, the records and the run with its weights, which are a pipeline.
+        seed: Seed of the training run; the evaluation's prompts and noise are always the same.
+        threads: CPU threads; None for all cores, at most 8.
+
+    Returns:
+        What ``summary.json`` holds.
     """
     began = time.monotonic()
-    aligned = output / "aligned"
-    if not (aligned / "model_index.json").is_file():
-        merge("shapes", lora=run, output=aligned)
-    config = load_config("shapes_f_distill", ["--pipeline.model", str(aligned), "--output", str(output / "one_step"), "--seed", str(seed)])
+    begin(threads)
+    config = load_config("shapes_f_distill")
+    config = replace(config, seed=seed, output=output / "run")
+    suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"flowalign demo: f-distill of the shipped StableDiffusion3Pipeline into one step, seed {seed}")
     pipeline = config.pipeline.build(seed=seed)
+    print(f"1/3  the teacher on {NUM_PROMPTS} held-out prompts, {IMAGES_PER_PROMPT} images each")
+    teacher = {}
+    for num in TEACHER_STEPS:
+        teacher[num] = score_model(pipeline, suite, num_steps=num, seed=0, title=f"teacher, {num} steps")
+        print(f"     {num:2d} steps: strict {teacher[num].scores().overall}")
+    print(f"2/3  {config.steps} training steps on other prompts; the first makes {config.algorithm.num_pairs} samples of the teacher")
+    evaluated = time.monotonic()
     trainer = run_training(config, pipeline=pipeline)
-    steps = config.algorithm.student_steps
-    student = score_model(pipeline, suite, num_steps=steps, seed=0, title="one step", role=trainer.result)
-    teacher = {
-        num: score_model(pipeline, suite, num_steps=num, seed=0, title=f"tuned, {num} steps", role=REFERENCE) for num in TEACHER_STEPS
+    trained = time.monotonic()
+    print("3/3  the student on the same prompts and noise, in one step")
+    student = score_model(pipeline, suite, num_steps=1, seed=0, title="student", role=trainer.result)
+    phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
+    return _finish(output, config, suite, teacher, student, phases)
+
+
+def _finish(
+    output: Path, config: RunConfig, suite: ShapesSuite, teacher: Mapping[int, Evaluation], student: Evaluation, phases: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write records, pictures, report and summary, and say the result."""
+    usual, most = teacher[config.pipeline.num_steps], teacher[max(teacher)]
+    shares = {num: student.scores().overall.mean / teacher[num].scores().overall.mean for num in (config.pipeline.num_steps, max(teacher))}
+    for name, found in (("records_teacher", most), ("records_student", student)):
+        found.write(output / f"{name}.jsonl")
+    assert student.images is not None
+    assert usual.images is not None
+    images.save_png(images.grid(student.images[: 8 * IMAGES_PER_PROMPT], 8, scale=3), output / "one_step.png")
+    summary = {
+        "student": student.summary(),
+        "teacher_by_steps": {str(num): found.scores().overall.as_dict() for num, found in teacher.items()},
+        "share_of_teacher": {str(num): share for num, share in shares.items()},
+        "seconds": {name: round(value, 1) for name, value in phases.items()},
+        "seed": config.seed,
+        "versions": versions(),
     }
-    return OneStep(student=student, teacher=teacher, run=config.output, seconds=time.monotonic() - began)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    moved = measure_drift(
+        usual.images, student.images, suite.reference(seed=1), suite.reference(seed=2), [record.id for record in student.records]
+    )
+    log = read_log(config.output / "log.jsonl")
+    told = " and ".join(f"{share:.0%} of the strict score that the teacher has in {num} steps" for num, share in shares.items())
+    report = Report(
+        title="flowalign demo: one step",
+        subtitle=f"f-distill of the shipped shapes pipeline, {student.suite}, training seed {config.seed}",
+        names=(f"teacher, {config.pipeline.num_steps} steps", "student, 1 step"),
+        headline=headline(usual, student, name="Strict score on held-out prompts", note=f"The student has {told}."),
+        comparisons=comparisons(usual, student, further=("teacher, 1 step", teacher[1])),
+        scores=score_rows(usual, student),
+        charts=_charts(log),
+        shares=[Share(name=name, seconds=seconds) for name, seconds in phases.items()],
+        tables=[_steps_table(teacher, student), Table(title="Drift and fidelity", columns=COLUMNS, rows=moved.rows())],
+        command=shlex.join(["flowalign", *sys.argv[1:]]),
+        configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
+        versions=versions(),
+        hardware=hardware(),
+        notes=[
+            "Held-out prompts ask for meanings that neither pretraining nor this run has seen.",
+            "Intervals are 95 %, from a bootstrap over prompts within tags; they do not cover the spread between training seeds.",
+            "In the table of drift, base and tuned are teacher and student.",
+        ],
+    )
+    path = write_report(output / "report.html", report)
+    print(f"\nstudent, 1 step: strict {student.scores().overall}, {told}")
+    print(f"report {path}\nimages {output / 'one_step.png'}\nmodel  {config.output / 'weights'} (from_pretrained, num_inference_steps=1)")
+    print(f"time   {sum(phases.values()):.0f} s")
+    return summary
+
+
+def _steps_table(teacher: Mapping[int, Evaluation], student: Evaluation) -> Table:
+    rows = [
+        [name, str(found.scores().overall), str(found.scores("graded").overall)]
+        for name, found in [
+            *((f"teacher, {num} {'steps' if num > 1 else 'step'}", found) for num, found in teacher.items()),
+            ("student, 1 step", student),
+        ]
+    ]
+    return Table(title="By number of steps", columns=("Model", "Strict", "Graded"), rows=rows)
+
+
+def _charts(log: list[dict[str, Any]]) -> list[Chart]:
+    flat = [{"step": line["step"] + 1, **line["reward"], **line["monitor"], **line["metrics"]} for line in log]
+    names = (
+        ("shapes", "Student's strict score on training prompts"),
+        ("pair_error", "Warm-up: distance to the teacher's samples of the same noise"),
+        ("fake/error", "Fake score's error"),
+        ("diversity", "Student's diversity within a prompt"),
+        ("ratio/effective_share", "Effective share of the batch"),
+    )
+    return [Chart(title=title, curves=[curve_from_log(flat, key)]) for key, title in names if any(key in line for line in flat)]

@@ -12,20 +12,21 @@ def add_demo(add: Add) -> None:
     """Add `flowalign demo`."""
     demo = add(
         "demo",
-        "align the shipped pipeline and report what it gained; no downloads, minutes on a laptop CPU",
+        "align the shipped pipeline, or distil it, and report what came of it; no downloads, minutes on a laptop CPU",
         "flowalign demo --output runs/demo",
     )
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
     demo.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
-    demo.add_argument("--distill", action="store_true", help="then distil the aligned model into one step (some minutes more)")
+    demo.add_argument("--distill", action="store_true", help="instead of aligning it, distil the pipeline into one step")
     demo.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from flowalign.demo import demo
+    from flowalign import demo, one_step
 
-    demo(options.output, seed=options.seed, threads=options.threads, distill=options.distill)
+    run = one_step.demo if options.distill else demo.demo
+    run(options.output, seed=options.seed, threads=options.threads)
 
 
 def add_train(add: Add) -> None:

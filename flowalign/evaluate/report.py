@@ -99,6 +99,7 @@ class Report:
     Attributes:
         title: Main heading.
         subtitle: One line below it: model, algorithm, suite.
+        names: What the two models are called that the headline, images and scores compare.
         headline: The one result.
         comparisons: Images before and after.
         scores: The table of scores; the last row is the overall score.
@@ -114,6 +115,7 @@ class Report:
 
     title: str
     subtitle: str = ""
+    names: tuple[str, str] = ("base", "tuned")
     headline: Headline | None = None
     comparisons: Sequence[Comparison] = ()
     scores: Sequence[ScoreRow] = ()
@@ -161,7 +163,7 @@ def render(report: Report) -> str:
     drawings: list[Drawing] = [draw(chart) for chart in report.charts]
     return _template(_TEMPLATE).render(
         report=report,
-        cards=[_card(comparison) for comparison in report.comparisons],
+        cards=[_card(comparison, report.names) for comparison in report.comparisons],
         drawings=drawings,
         total_seconds=sum(share.seconds for share in report.shares),
     )
@@ -250,12 +252,12 @@ def _third(further: tuple[str, Evaluation] | None, chosen: Sequence[int]) -> tup
     return name, found.images[list(chosen)], [bool(found.records[row].strict) for row in chosen]
 
 
-def _card(comparison: Comparison) -> dict[str, object]:
+def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:
     sides = []
     further = [] if comparison.further is None else [comparison.further]
     for name, images, passed in (
-        ("base", comparison.base, comparison.base_passed),
-        ("tuned", comparison.tuned, comparison.tuned_passed),
+        (names[0], comparison.base, comparison.base_passed),
+        (names[1], comparison.tuned, comparison.tuned_passed),
         *further,
     ):
         if len(images) != len(passed) or len(images) != len(comparison.base):
