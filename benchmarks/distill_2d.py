@@ -26,6 +26,7 @@ from flowalign.core.divergences import names
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, Curve
 from flowalign.evaluate.report import Report, Table, write_report
+from flowalign.evaluate.statistics import seed_interval
 
 REFERENCE = "reverse_kl"
 METRICS = {  # name: (heading, whether more is better)
@@ -39,25 +40,10 @@ METRICS = {  # name: (heading, whether more is better)
 }
 
 
-def t_quantile(freedom: int, *, confidence: float = 0.95) -> float:
-    """Return the two-sided quantile of Student's t, by bisection of its integrated density."""
-    x = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-    log_constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        density = torch.exp(log_constant - (freedom + 1) / 2 * torch.log1p((middle * x).square() / freedom))
-        low, high = (low, middle) if 2 * middle * float(torch.trapezoid(density, x)) > confidence else (middle, high)
-    return low
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and half-width of the 95 % t interval over seeds; nan for one seed."""
-    mean = mean_of(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, t_quantile(len(values) - 1) * math.sqrt(variance / len(values))
+    found = seed_interval(values)
+    return found.mean, math.nan if found.high is None else found.high - found.mean
 
 
 Results = Mapping[int, Mapping[str, Mapping[str, Mapping[str, object]]]]

@@ -1,7 +1,7 @@
 """One step on the shapes world: divergences, what matching adds to the warm-up, and the teacher at several numbers of steps.
 
 Every student is `shapes_f_distill` with another divergence and seed. Students of a seed share their warm-up, which is a run of its own and is measured too: what they differ by is what matching made of it. The
-control "more pairs" goes on with the warm-up instead, for as many evaluations as the others take. All are scored on held-out prompts: strict and graded score, and measures that know nothing of the
+control "more pairs" spends as many evaluations as the others on the teacher's samples and the warm-up alone, in the same proportion as the warm-up does. All are scored on held-out prompts: strict and graded score, and measures that know nothing of the
 verifier, in features of a fixed random network: kernel distance to real images, coverage of the teacher's images, and diversity within a prompt over the teacher's. Finished runs
 are kept, so that the command goes on where it was stopped.
 
@@ -100,10 +100,14 @@ def teacher_of(output: Path, threads: int) -> dict[str, Any]:
 
 def configuration(output: Path, name: str, seed: int, steps: int | None, extra: Sequence[str]) -> RunConfig:
     """Return the run of a student."""
-    usual = load_config("shapes_f_distill", list(extra)).algorithm.warmup_steps
-    steps = usual if name == WARM else steps
+    algorithm = load_config("shapes_f_distill", list(extra)).algorithm
+    steps = algorithm.warmup_steps if name == WARM else steps
     flags = [*extra, "--seed", str(seed), "--output", str(output / f"{name.replace(' ', '_')}_{seed}")]
-    flags += ["--algorithm.weights.divergence", name] if name in DIVERGENCES else ["--algorithm.warmup_steps", str(steps)]
+    if name in DIVERGENCES:
+        flags += ["--algorithm.weights.divergence", name]
+    elif name == PAIRS and steps is not None:
+        pairs = round(algorithm.num_pairs * steps / algorithm.warmup_steps)
+        flags += ["--algorithm.warmup_steps", str(steps), "--algorithm.num_pairs", str(pairs)]
     return load_config("shapes_f_distill", [*flags, *(["--steps", str(steps)] if steps is not None else [])])
 
 
@@ -124,9 +128,9 @@ def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequen
     torch.set_num_threads(threads)
     config = configuration(output, name, seed, steps, extra)
     path = config.output / "result.json"
-    if path.is_file():
+    if path.is_file() and _result(output, name, seed)["steps"] >= config.steps:
         return
-    if name != WARM:
+    if name in DIVERGENCES:
         start_from(configuration(output, WARM, seed, None, extra).output, config.output)
     pipeline = config.pipeline.build(seed=config.seed)
     trainer = run_training(config, pipeline=pipeline)
@@ -163,10 +167,8 @@ def main() -> None:
     # The control gets the evaluations that the others took, on average.
     taken = [_result(options.output, name, seed)["evaluations"] for name in DIVERGENCES for seed in options.seeds]
     warm = [_result(options.output, WARM, seed)["evaluations"] for seed in options.seeds]
-    config = load_config("shapes_f_distill", extra)
-    batch = config.train.groups * config.train.group_size
-    each = (3 * (config.algorithm.critic_updates + 1) + 1) * batch
-    steps = config.algorithm.warmup_steps + round((sum(taken) / len(taken) - sum(warm) / len(warm)) / each)
+    usual = load_config("shapes_f_distill", extra).algorithm.warmup_steps
+    steps = round(usual * sum(taken) / len(taken) / (sum(warm) / len(warm)))
     _run(options, [(PAIRS, seed, steps) for seed in options.seeds], extra)
     results = {name: [_result(options.output, name, seed) for seed in options.seeds] for name in (WARM, PAIRS, *DIVERGENCES)}
     _report(options, teacher, results)

@@ -21,7 +21,7 @@ from flowalign.core.randomness import generator, key
 from flowalign.data import Prompt
 from flowalign.evaluate.scores import Difference
 from flowalign.evaluate.statistics import paired_difference
-from flowalign.generate import generator_of
+from flowalign.generate import generator_of, student_steps
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, load_config
 from flowalign.train import checkpoint
@@ -39,6 +39,7 @@ class Metric:
     Attributes:
         pipeline: Generates with its ``current`` role.
         rewards: The run's rewards with their weights.
+        num_steps: Denoising steps.
         prompts: One entry for each prompt.
         images_per_prompt: Images of each.
         batch_size: Images of a call.
@@ -47,6 +48,7 @@ class Metric:
 
     pipeline: FlowPipeline
     rewards: Sequence[tuple[NamedReward, float]]
+    num_steps: int
     prompts: Sequence[Prompt]
     images_per_prompt: int
     batch_size: int
@@ -56,7 +58,7 @@ class Metric:
         """Return the weighted reward of each image, float64; a reward with several columns counts by their mean, one that was skipped not at all."""
         self.pipeline.roles.load(CURRENT, weights)
         rows = [(prompt, k) for prompt in self.prompts for k in range(self.images_per_prompt)]
-        generate = generator_of(self.pipeline, self.pipeline.num_steps, CURRENT)
+        generate = generator_of(self.pipeline, self.num_steps, CURRENT)
         totals = []
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
@@ -109,10 +111,12 @@ def lcsc(
     chosen = choose(config.prompts.load(config.seed), num_prompts, seed)
     pipeline = config.pipeline.build(device=Accelerator().device, seed=config.seed)
     rewards = _rewards(config.rewards)
+    num_steps = student_steps(config) or pipeline.num_steps
     metric, check = (
         Metric(
             pipeline=pipeline,
             rewards=rewards,
+            num_steps=num_steps,
             prompts=prompts,
             images_per_prompt=images_per_prompt,
             batch_size=config.train.rollout_batch_size,
@@ -120,7 +124,13 @@ def lcsc(
         )
         for prompts in chosen
     )
-    settings = {"steps": steps, "num_prompts": len(chosen[0]), "images_per_prompt": images_per_prompt, "seed": seed}
+    settings = {
+        "steps": steps,
+        "denoising_steps": num_steps,
+        "num_prompts": len(chosen[0]),
+        "images_per_prompt": images_per_prompt,
+        "seed": seed,
+    }
     output.mkdir(parents=True, exist_ok=True)
     found = _search(output / "search.jsonl", settings, tables, metric, budget)
     best = max(found, key=lambda entry: entry.score)

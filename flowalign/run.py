@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowalign import config as configuration
-from flowalign import data, estimators, images
+from flowalign import data, estimators, snapshots
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.evaluate import monitors
@@ -80,7 +80,13 @@ def _teacher(config: RunConfig, student: FlowPipeline) -> FlowPipeline | None:
     scale = config.algorithm.guidance_scale
     if scale == 1:
         return None
-    return student.guided(config.pipeline.guided(scale).family(student.pipe))
+    teacher = student.guided(config.pipeline.guided(scale).family(student.pipe))
+    if teacher.rows_per_evaluation != 2 * student.rows_per_evaluation:
+        raise ConfigError(
+            f"algorithm.guidance_scale: got {scale}, but the pipeline makes no second pass with a negative prompt at it (its guidance is embedded, or it "
+            "takes no negative prompt); set algorithm.guidance_scale to 1: what is embedded is told to teacher, student and fake score alike"
+        )
+    return teacher
 
 
 def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt]) -> None:
@@ -165,7 +171,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
         if accelerator.is_main_process and isinstance(config.algorithm, Settings):
             print(f"memory: {_memory(trainer)}")
-        trainer.after_step = _after_step(config, accelerator)
+        trainer.after_step = _after_step(config, accelerator, trainer)
         trainer.fit(config.steps)
         if accelerator.is_main_process:
             trainer.pipeline.save(config.output / "weights", trainer.result, notes=_notes(config))  # type: ignore[attr-defined]
@@ -241,7 +247,7 @@ def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value if isinstance(value, int | float | str | bool) else str(value)}
 
 
-def _after_step(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], Tensor], None]:
+def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -> Callable[[dict[str, Any], Tensor], None]:
     """Return what a step ends with: monitors into its line, alarms onto the terminal, and a grid of samples where one is due."""
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
@@ -271,13 +277,13 @@ def _after_step(config: RunConfig, accelerator: Accelerator) -> Callable[[dict[s
             if alarm.monitor not in told and accelerator.is_main_process:
                 tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (a sign of reward hacking; look at samples and held-out rewards)")
             told.add(alarm.monitor)
-        if config.train.sample_every and accelerator.is_main_process and line["step"] % config.train.sample_every == 0:
-            columns = min(config.train.group_size, len(made))
-            picture = images.grid(made[: 4 * columns].cpu(), columns)
-            images.save_png(picture, config.output / "samples" / f"step_{line['step']:06d}.png")
+        every, done = config.train.sample_every, line["step"] + 1
+        if every and accelerator.is_main_process and (done % every == 0 or done == config.steps):
+            with trainer.clock.phase("samples"):
+                snapshots.take(trainer, config, done)
 
     if config.train.sample_every:
-        (config.output / "samples").mkdir(parents=True, exist_ok=True)
+        (config.output / snapshots.FOLDER).mkdir(parents=True, exist_ok=True)
     return watch
 
 

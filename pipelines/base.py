@@ -281,9 +281,13 @@ class FlowPipeline:
         """Return what blocks of the reference make of latents, and if ``whole`` its velocity; see `flowalign.pipelines.features`."""
         return features.tap(self, x, sigma, cond, places, whole=whole)
 
-    def spread(self, num_steps: int) -> float:
-        """Return what the pipeline's first noise is multiplied by to give the state at ``sigmas(num_steps)[0]``: 1 for flows."""
-        return float(self.learnt().replay.frame.state(torch.ones(1), self.sigmas(num_steps)[0]))
+    def ends(self, num_steps: int) -> tuple[float, float]:
+        """Return what the pipeline's first noise is multiplied by to give the state at ``sigmas(num_steps)[0]``, and the last state to give its latents.
+
+        Both are 1 for flows.
+        """
+        frame, sigmas, one = self.learnt().replay.frame, self.sigmas(num_steps), torch.ones(1)
+        return float(frame.state(one, sigmas[0])), float(frame.shown(one, sigmas[-1]))
 
     def guided(self, family: Family) -> FlowPipeline:
         """Return the same pipeline and roles called with other settings, such as guidance; nothing is copied."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from flowalign.core.algorithm import NeverReady, Rows
 from flowalign.core.distillation import Settings, State
-from flowalign.core.distiller import Distiller
-from flowalign.core.ratios import RatioWeights, bins_of, density_weights, is_calibrated, log_ratio_of, quantile_edges, start_calibration
-
-_EDGE_DRAWS = 1024
+from flowalign.core.distiller import Distiller, level_edges
+from flowalign.core.ratios import RatioWeights, Reduce, bins_of, density_weights, is_calibrated, log_ratio_of, start_calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +19,12 @@ class Config(Settings):
 
     Attributes:
         weights: The divergence, and how its weights are made of density ratios.
+        weigh_guidance: Weigh what the teacher's guidance adds as well. The ratio is that of the guided teacher's samples, so that in theory it
+            belongs to the whole direction; decoupled distribution matching weighs and schedules matching alone, which is the default.
     """
 
     weights: RatioWeights = field(default_factory=RatioWeights)
+    weigh_guidance: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
@@ -45,11 +45,17 @@ class FDistill(Distiller):
 
     References:
         Xu et al., "One-step Diffusion Models with f-Divergence Distribution Matching", 2025, https://arxiv.org/abs/2502.15681, algorithm 1.
-        Deviations: the discriminator compares with the teacher's own samples, so that its ratio is the one that the theory asks for; guidance is pushed
-        apart from matching and not weighted; noise levels are binned by quantiles; the critics begin alone, until the ratio is calibrated.
+        Deviations: the discriminator compares with the teacher's own samples and not with a dataset, so that without guidance its ratio is the one that
+        the theory asks for; guidance is pushed apart from matching and not weighted unless told (see ``weigh_guidance``); noise levels are binned by
+        quantiles; the mean ratio of a bin runs over about ten batches (released: the batch's own, or 0.5); the critics begin alone, until the ratio is calibrated.
     """
 
     config: Config
+
+    @property
+    def weighs_guidance(self) -> bool:
+        """As configured."""
+        return self.config.weigh_guidance
 
     def start(self) -> State:
         """The running mean ratio of each bin of noise levels."""
@@ -67,7 +73,7 @@ class FDistill(Distiller):
         if alone >= config.least_steps and calibrated:
             return True
         if alone >= config.patience:
-            means = ", ".join(f"{value:.2f}" for value in state["calibration"].tolist())
+            means = ", ".join(f"{value:.2f}" for value in state["calibration"][0].tolist())
             raise NeverReady(
                 f"f_distill: in {alone} steps of the critics alone the density ratio was not calibrated (mean ratios by noise level {means}, needed 0.5 to 2), "
                 "so the student never moved after its warm-up; lower discriminator.learning_rate or raise discriminator.r1, warm the student up for longer, "
@@ -75,13 +81,13 @@ class FDistill(Distiller):
             )
         return False
 
-    def weigh(self, parts: Sequence[Rows], state: State, reduce: Callable[[Tensor], Tensor]) -> tuple[list[Rows], State, dict[str, float]]:
+    def weigh(self, parts: Sequence[Rows], state: State, reduce: Reduce) -> tuple[list[Rows], State, dict[str, float]]:
         """Weigh each sample by h of its density ratio, normalised over the whole batch."""
         if "student" not in parts[0].columns:
             return list(parts), state, {}
         settings = self.config.weights
         log_ratio = log_ratio_of(torch.cat([part["logits"] for part in parts])).cpu()
-        bins = bins_of(torch.cat([part["sigma"] for part in parts]).cpu(), self._edges())
+        bins = bins_of(torch.cat([part["sigma"] for part in parts]).cpu(), level_edges(self.config, max(1, settings.num_bins)))
         if settings.num_bins == 0:
             bins = torch.zeros_like(bins)
         found = density_weights(log_ratio, bins, state["calibration"], settings, reduce=reduce)
@@ -91,10 +97,5 @@ class FDistill(Distiller):
             for part, weight in zip(parts, found.weight.split(sizes), strict=True)
         ]
         logged = {f"ratio/{name}": value for name, value in found.stats.items()}
-        logged |= {f"ratio/bin_{number}": value for number, value in enumerate(found.calibration.tolist())}
+        logged |= {f"ratio/bin_{number}": value for number, value in enumerate(found.calibration[0].tolist())}
         return weighed, {"calibration": found.calibration}, logged
-
-    def _edges(self) -> Tensor:
-        """Edges of bins that hold equal shares of the noise levels."""
-        share = (torch.arange(_EDGE_DRAWS, dtype=torch.float64) + 0.5) / _EDGE_DRAWS
-        return quantile_edges(self.config.levels(share), max(1, self.config.weights.num_bins))

@@ -27,7 +27,9 @@ class AdamW:
     def __post_init__(self) -> None:
         """Refuse rates that cannot be meant."""
         if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("learning_rate must be positive and weight_decay not negative")
+            raise ValueError(
+                f"got learning_rate {self.learning_rate} and weight_decay {self.weight_decay}, needed a positive number and one of at least 0"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {list(self.betas)}, needed two values in [0, 1)")
 

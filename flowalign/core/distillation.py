@@ -6,7 +6,7 @@ All are one network: the teacher is the frozen base, fake score and student are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from flowalign.core.adamw import AdamW
 from flowalign.core.algorithm import Rows, Update, Velocity
 from flowalign.core.discriminators import Discriminator
+from flowalign.core.ratios import Reduce
 from flowalign.core.schedules import shift_sigmas
 
 FAKE = "fake"
@@ -33,6 +34,8 @@ class Pairs:
 
     Attributes:
         spread: The student's first state is this times its noise: 1 for flows, less where a schedule begins below pure noise.
+        finish: What it makes is this times its last state: 1 for flows; a variance-preserving schedule may end above sigma 0, and a pipeline then decodes
+            the state in its own coordinates.
 
     Shapes:
         noise: ``[batch, *event]``, standard normal, what the teacher began with.
@@ -47,6 +50,7 @@ class Pairs:
     x0: Tensor
     sigmas: Tensor
     spread: float
+    finish: float
     prompt: Tensor
     group: Tensor
     sample: Tensor
@@ -69,7 +73,7 @@ class Settings:
             between two scores that have to keep up with each other.
         critic_updates: Updates of the critics for each of the student (published: 4 or 5); a step has them and one of the student.
         least_steps: Steps that the critics learn alone after the warm-up, at least.
-        patience: The run stops with an error if the student was held back for more steps than that, warm-up left out.
+        patience: With f_distill the run stops with an error if the student was held back for more steps than that, warm-up left out.
         lowest_level: Noise levels of distribution matching are drawn between this
         highest_level: and this,
         level_shift: uniform before a shift as schedules have it; 1 for none, more for noisier levels.
@@ -105,6 +109,10 @@ class Settings:
         if self.warmup_learning_rate is not None and not 0 < self.warmup_learning_rate < math.inf:
             raise ValueError(
                 f"warmup_learning_rate: got {self.warmup_learning_rate}, needed a positive number, or null for train.learning_rate"
+            )
+        if self.patience <= self.least_steps:
+            raise ValueError(
+                f"patience: got {self.patience}, needed more than least_steps ({self.least_steps}), or the student could never begin"
             )
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher_steps: got {self.teacher_steps}, needed at least 1, or null for the pipeline's num_steps")
@@ -154,7 +162,11 @@ class Distillation(Protocol):
         """Add what an update reads of several networks, evaluated once."""
         ...
 
-    def weigh(self, parts: Sequence[Rows], state: State, reduce: Callable[[Tensor], Tensor]) -> tuple[list[Rows], State, dict[str, float]]:
+    def broken(self, rows: Rows) -> dict[str, bool]:
+        """Tell whose output is not finite, of what ``look`` added."""
+        ...
+
+    def weigh(self, parts: Sequence[Rows], state: State, reduce: Reduce) -> tuple[list[Rows], State, dict[str, float]]:
         """Add what depends on the whole batch of all ranks; also returns the next state and what to log."""
         ...
 

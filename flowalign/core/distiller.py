@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from flowalign.core.adversarial import approximate_r1, discriminator_loss, generator_loss
 from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Velocity, sample_number
 from flowalign.core.decays import Decay, constant
-from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, State
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, Settings, State
 from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, push, regress
 from flowalign.core.matching import uniform_rows
 from flowalign.core.paths import interpolate, velocity_to_x0
 from flowalign.core.plans import Plan, ode
 from flowalign.core.randomness import normal, uniform
+from flowalign.core.ratios import Reduce, bins_of, quantile_edges
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Distiller:
     def judges(self) -> bool:
         """Whether there is a discriminator: a student that ignores it needs none."""
         return bool(self.config.adversarial_weight > 0)
+
+    @property
+    def weighs_guidance(self) -> bool:
+        """Whether a sample's weight holds for the part that the teacher's guidance adds."""
+        return False
 
     @property
     def behaviour(self) -> str:
@@ -91,9 +97,11 @@ class Distiller:
         sample = chosen.to(device)
         sigmas = experience.sigmas.to(experience.x0)
         x0 = experience.x0[sample]
+        path = {"sigmas": sigmas.expand(len(chosen), -1), "finish": torch.full((len(chosen),), experience.finish).to(x0)}
         if self._is_warmup(update):
-            columns = {"x": experience.noise[sample] * experience.spread, "sigma": sigmas[:1].expand(len(chosen)), "target": x0}
-            return Rows(sample=sample, columns=columns)
+            first = torch.zeros(len(chosen), dtype=torch.int64, device=device)
+            columns = {"first": experience.noise[sample] * experience.spread, "rung": first, "target": x0}
+            return Rows(sample=sample, columns=columns | path)
         samples = sample_number(experience.group[chosen], experience.sample[chosen])
 
         def drawn(purpose: str) -> Tensor:
@@ -108,7 +116,7 @@ class Distiller:
                 experience.x0
             ),
             "rung": torch.full((len(chosen),), rung, device=device),
-            "sigmas": sigmas.expand(len(chosen), -1),
+            **path,
         }
         if self._is_critics(update) and self.judges:
             columns |= {"real": x0}
@@ -121,15 +129,16 @@ class Distiller:
     def generate(self, rows: Rows, velocity: Velocity) -> Tensor:
         """Run the student to the rows' rung without gradient, and let it finish from there in one step.
 
-        The steps are Euler's on the pipeline's own grid, so that what is trained at a rung is what a pipeline of K steps computes there
-        ("backward simulation" of DMD2).
+        The steps are Euler's on the pipeline's own grid, to its end and into its own coordinates, so that at the last rung the result is what a
+        pipeline of K steps decodes ("backward simulation" of DMD2).
         """
         x, sigmas, rung = rows["first"], rows["sigmas"][0], int(rows["rung"][0])
         for step in range(rung):
             with torch.no_grad():
                 moved = velocity(x, rows["sigmas"][:, step], rows.sample, CURRENT)
             x = x + (sigmas[step + 1] - sigmas[step]) * moved
-        return x + (sigmas[-1] - sigmas[rung]) * velocity(x, rows["sigmas"][:, rung], rows.sample, CURRENT)
+        last = x + (sigmas[-1] - sigmas[rung]) * velocity(x, rows["sigmas"][:, rung], rows.sample, CURRENT)
+        return last * _column(rows["finish"], last)
 
     def look(self, rows: Rows, velocity: Velocity) -> Rows:
         """Let the student generate; for its own update ask teacher, fake score and discriminator what they make of it.
@@ -159,7 +168,12 @@ class Distiller:
             columns["scale"] = dmd_scale(x0, guided)
         return replace(rows, columns=columns)
 
-    def weigh(self, parts: Sequence[Rows], state: State, reduce: Callable[[Tensor], Tensor]) -> tuple[list[Rows], State, dict[str, float]]:
+    def broken(self, rows: Rows) -> dict[str, bool]:
+        """Tell whose output is not finite, of what ``look`` added; in the order of blame, for one makes the next one so."""
+        by = {CURRENT: "x0", DISCRIMINATOR: "logits", FAKE: "matching"}
+        return {player: name in rows.columns and not bool(torch.isfinite(rows[name]).all()) for player, name in by.items()}
+
+    def weigh(self, parts: Sequence[Rows], state: State, reduce: Reduce) -> tuple[list[Rows], State, dict[str, float]]:
         """Weigh every sample alike."""
         if "student" not in parts[0].columns:
             return list(parts), state, {}
@@ -175,9 +189,7 @@ class Distiller:
         if player == DISCRIMINATOR:
             return self._discriminator_loss(rows, velocity)
         if "target" in rows.columns:
-            sigma = rows["sigma"]
-            predicted = velocity_to_x0(velocity(rows["x"], sigma, rows.sample, CURRENT), rows["x"], sigma)
-            value = regress(predicted, rows["target"])
+            value = regress(self.generate(rows, velocity), rows["target"])
             return Loss(value=value, metrics={"pair_error": value.detach()})
         return self._student_loss(rows, velocity)
 
@@ -199,9 +211,9 @@ class Distiller:
         value = real + made
         right = ((logits[0] > 0).float() + (logits[1] < 0).float()).mean(1).detach() / 2
         metrics = {f"{DISCRIMINATOR}/accuracy": right}
-        middle = (self.config.lowest_level + self.config.highest_level) / 2
-        for name, where in (("low", sigma <= middle), ("high", sigma > middle)):
-            metrics[f"{DISCRIMINATOR}/accuracy_{name}"] = torch.where(where, right, torch.nan)
+        quarter = bins_of(sigma.cpu(), level_edges(self.config, _QUARTERS)).to(sigma.device)
+        for number in range(_QUARTERS):
+            metrics[f"{DISCRIMINATOR}/accuracy_{number}"] = torch.where(quarter == number, right, torch.nan)
         if settings.r1 > 0:
             penalty = approximate_r1(logits[0], logits[2])
             value = value + settings.r1 * penalty
@@ -212,9 +224,10 @@ class Distiller:
         """Push samples from where the fake score sees them to where the teacher does, and towards what the discriminator holds for real."""
         kept = rows["x0"].requires_grad
         x0 = rows["x0"] if kept else self.generate(rows, velocity)
-        direction = rows["matching"] * _column(rows["weight"], x0)
+        weight = _column(rows["weight"], x0)
+        direction = rows["matching"] * weight
         if "guidance" in rows.columns:
-            direction = direction + rows["guidance"]
+            direction = direction + rows["guidance"] * (weight if self.weighs_guidance else 1)
         value = push(x0, direction, rows["scale"])
         metrics = {"push": (rows["matching"].square().flatten(1).mean(1).sqrt() * rows["scale"]).detach()}
         if self.judges:
@@ -226,6 +239,15 @@ class Distiller:
             metrics["adversarial"] = adversarial.detach()
             value = value + self.config.adversarial_weight * adversarial
         return Loss(value=value, metrics=metrics)
+
+
+def level_edges(config: Settings, num_bins: int) -> Tensor:
+    """Return the edges of bins that hold equal shares of the noise levels that are drawn."""
+    share = (torch.arange(_EDGE_DRAWS, dtype=torch.float64) + 0.5) / _EDGE_DRAWS
+    return quantile_edges(config.levels(share), num_bins)
+
+
+_EDGE_DRAWS, _QUARTERS = 1024, 4
 
 
 def _column(weight: Tensor, like: Tensor) -> Tensor:

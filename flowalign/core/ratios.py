@@ -5,8 +5,8 @@ A calibrated ratio has mean 1 over the student's samples at every noise level, s
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +15,17 @@ from torch import Tensor
 from flowalign.core.divergences import divergence, weight
 from flowalign.core.paths import widest
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over ranks; every rank gets the sum."""
+Operation = Literal["sum", "max"]
+
+
+@runtime_checkable
+class Reduce(Protocol):
+    """Adds up what ranks have, or takes the largest, element by element."""
+
+    def __call__(self, x: Tensor, op: Operation = "sum") -> Tensor:
+        """Return what every rank gets."""
+        ...
+
 
 _MOSTLY = 0.5  # share of a batch outside the clip that is warned of
 
@@ -31,7 +40,7 @@ class RatioWeights:
         upper: Ratios above are taken for this one.
         num_bins: Bins of noise levels that are calibrated apart; 0 leaves ratios as they are.
         decay: Of the bins' running means; 0 takes each batch by itself.
-        strength: Power of the weight, from 0 (DMD2) to 1 (f-distill); a warm-up in log space.
+        strength: Power of the weight, from 0 (DMD2) to 1 (f-distill); a power, because weights multiply.
 
     Raises:
         ValueError: If a number cannot be meant or the divergence is unknown.
@@ -68,25 +77,26 @@ class Weighted:
 
     Attributes:
         weight: Mean 1 over the batch of all ranks, without gradient, float64 ``[batch]``.
-        calibration: Mean ratio of each bin, to be handed to the next call and saved; float64 ``[bins]``.
+        calibration: Of each bin its mean ratio, and the weight that the mean stands on (0 where the bin was never seen), to be handed to the next
+            call and saved; float64 ``[2, bins]``.
         stats: ``ratio`` (mean of the clipped, uncalibrated ratio), ``weight_min``, ``weight_mean``, ``weight_max`` (before normalisation),
             ``effective_share`` (effective sample size over the batch size), ``clipped`` (share outside the clip), ``calibrated`` (share of bins whose
-            mean lies in [1/2, 2]). Of this rank's rows where a minimum or maximum, else of all ranks.
+            mean lies in [1/2, 2]). Of all ranks.
     """
 
     weight: Float[Tensor, " batch"]
-    calibration: Float[Tensor, " bins"]
+    calibration: Float[Tensor, "2 bins"]
     stats: dict[str, float]
 
 
-def identity(x: Tensor) -> Tensor:
+def identity(x: Tensor, op: Operation = "sum") -> Tensor:
     """Reduce over one rank."""
     return x
 
 
-def start_calibration(num_bins: int) -> Float[Tensor, " bins"]:
-    """Return the calibration that changes nothing."""
-    return torch.ones(num_bins, dtype=torch.float64)
+def start_calibration(num_bins: int) -> Float[Tensor, "2 bins"]:
+    """Return the calibration of bins that were never seen."""
+    return torch.stack([torch.ones(num_bins, dtype=torch.float64), torch.zeros(num_bins, dtype=torch.float64)])
 
 
 def log_ratio_of(logits: Float[Tensor, "batch heads"]) -> Float[Tensor, " batch"]:
@@ -152,15 +162,16 @@ def effective_sample_size(weight: Float[Tensor, " batch"], *, reduce: Reduce = i
     return first * first / second if second else 0.0
 
 
-def is_calibrated(calibration: Float[Tensor, " bins"], *, factor: float = 2.0) -> bool:
-    """Tell whether every bin's mean ratio lies within a factor of 1: before that, critics are trained alone."""
-    return bool(((calibration >= 1 / factor) & (calibration <= factor)).all())
+def is_calibrated(calibration: Float[Tensor, "2 bins"], *, factor: float = 2.0) -> bool:
+    """Tell whether every bin has been seen and its mean ratio lies within a factor of 1: before that, critics are trained alone."""
+    mean, known = calibration
+    return bool(((known > 0) & (mean >= 1 / factor) & (mean <= factor)).all())
 
 
 def density_weights(
     log_ratio: Float[Tensor, " batch"],
     bins: Int[Tensor, " batch"],
-    calibration: Float[Tensor, " bins"],
+    calibration: Float[Tensor, "2 bins"],
     settings: RatioWeights,
     *,
     reduce: Reduce = identity,
@@ -175,7 +186,7 @@ def density_weights(
         bins: Bin of each sample's noise level; see `bins_of`.
         calibration: Of the last call, or `start_calibration`.
         settings: Divergence, clip and bins.
-        reduce: Sums over ranks. Ranks may have batches of different sizes, and bins that are empty on some.
+        reduce: Sums, or takes the largest, over ranks. Ranks may have batches of different sizes, and bins that are empty on some.
 
     Returns:
         Weights, calibration and statistics.
@@ -193,41 +204,48 @@ def density_weights(
     raw = widest(log_ratio.detach())
     clipped = raw.clamp(math.log(settings.lower), math.log(settings.upper))
     outside = (raw != clipped).double()
-    counts = torch.stack([torch.ones_like(raw).sum(), outside.sum(), clipped.exp().sum()])
-    size, num_outside, ratio_sum = reduce(counts).tolist()
+    counts = torch.stack([torch.ones_like(raw).sum(), outside.sum(), clipped.exp().sum(), raw.sum()])
+    size, num_outside, ratio_sum, raw_sum = reduce(counts).tolist()
     if num_outside > _MOSTLY * size:
-        _warn_of_clip(num_outside / size, raw, settings)
+        _warn_of_clip(num_outside / size, raw_sum / size, settings)
     calibration = _calibrated(clipped.exp(), bins, calibration, settings.decay, reduce)
-    level = calibration.log()[bins] if len(calibration) else torch.zeros_like(clipped)
+    means = calibration[0]
+    level = means.log()[bins] if len(means) else torch.zeros_like(clipped)
     h = weight(settings.divergence, clipped - level.to(clipped.device)) ** settings.strength
     mean = float(reduce(h.sum())) / size
+    highest, lowest = reduce(torch.stack([h.max(), -h.min()]), "max").tolist()
     stats = {
         "ratio": ratio_sum / size,
-        "weight_min": float(h.min()),
+        "weight_min": -lowest,
         "weight_mean": mean,
-        "weight_max": float(h.max()),
+        "weight_max": highest,
         "effective_share": effective_sample_size(h, reduce=reduce) / size,
         "clipped": num_outside / size,
-        "calibrated": float(((calibration >= 0.5) & (calibration <= 2)).double().mean()) if len(calibration) else 1.0,
+        "calibrated": float(((calibration[1] > 0) & (means >= 0.5) & (means <= 2)).double().mean()) if len(means) else 1.0,
     }
     return Weighted(weight=h / mean, calibration=calibration, stats=stats)
 
 
 def _calibrated(ratio: Tensor, bins: Tensor, calibration: Tensor, decay: float, reduce: Reduce) -> Tensor:
-    """Move the mean of every bin that has samples, on any rank, towards this batch's."""
-    num = len(calibration)
+    """Move the mean of every bin that has samples, on any rank, towards this batch's.
+
+    A running mean that begins at 1 would say 1 for long, whatever is measured; this one is of the batches that were seen and nothing else.
+    """
+    num = calibration.shape[1]
     if num == 0:
         return calibration
     both = reduce(torch.stack([torch.bincount(bins, minlength=num).double(), torch.bincount(bins, weights=ratio, minlength=num)]))
     count, total = both.to(calibration.device)
-    moved = decay * calibration + (1 - decay) * total / count.clamp(min=1)
-    return torch.where(count > 0, moved, calibration)
+    mean, known = calibration
+    weight = decay * known + (1 - decay)
+    moved = (decay * known * mean + (1 - decay) * total / count.clamp(min=1)) / weight
+    return torch.where(count > 0, torch.stack([moved, weight]), calibration)
 
 
-def _warn_of_clip(share: float, raw: Tensor, settings: RatioWeights) -> None:
-    side = "far below: the discriminator tells the student's samples apart at once" if float(raw.mean()) < 0 else "far above"
+def _warn_of_clip(share: float, mean: float, settings: RatioWeights) -> None:
+    side = "far below: the discriminator tells the student's samples apart at once" if mean < 0 else "far above"
     warnings.warn(
-        f"density ratio: {share:.0%} of the batch lie outside [{settings.lower:g}, {settings.upper:g}] ({side}; mean log-ratio {float(raw.mean()):.2f}), so that "
+        f"density ratio: {share:.0%} of the batch lie outside [{settings.lower:g}, {settings.upper:g}] ({side}; mean log-ratio {mean:.2f}), so that "
         "weights say little; train the critics alone for longer, lower the discriminator's learning rate, or give it an R1 penalty",
         stacklevel=3,
     )
@@ -238,9 +256,10 @@ def _check(log_ratio: Tensor, bins: Tensor, calibration: Tensor, settings: Ratio
         raise ValueError(f"density_weights: got {len(log_ratio)} log-ratios and {len(bins)} bins, needed one each and at least one")
     if not bool(torch.isfinite(log_ratio).all()):
         raise ValueError("log_ratio: got one that is not finite; the discriminator has diverged (lower its learning rate)")
-    if len(calibration) != settings.num_bins:
+    num_bins = calibration.shape[1] if calibration.ndim == 2 else -1
+    if calibration.shape != (2, settings.num_bins):
         raise ValueError(
-            f"calibration: has {len(calibration)} bins, the settings {settings.num_bins}; start it anew, or resume with the same num_bins"
+            f"calibration: has {num_bins} bins, the settings {settings.num_bins}; start it anew, or resume with the same num_bins"
         )
-    if len(calibration) and not bool(((bins >= 0) & (bins < len(calibration))).all()):
-        raise ValueError(f"bins: got one outside 0 to {len(calibration) - 1}; make the edges with quantile_edges(..., {len(calibration)})")
+    if num_bins and not bool(((bins >= 0) & (bins < num_bins)).all()):
+        raise ValueError(f"bins: got one outside 0 to {num_bins - 1}; make the edges with quantile_edges(..., {num_bins})")

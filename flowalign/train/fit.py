@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, Has
 from flowalign.core.decays import ema_warmup
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
+from flowalign.core.ratios import Operation
 from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
@@ -173,18 +175,36 @@ class Trainer:
             # A student's pass is kept for its loss where the whole batch is one; else it is made again, so that weights are of the whole batch.
             with torch.set_grad_enabled(len(parts) == 1 and CURRENT in turns):
                 parts = [self.algorithm.look(part, velocity) for part in parts]
-            parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._sum)
-        for name in turns:
-            # Of a head's several turns the first is told: it is of samples that it had not learnt from.
-            logged = {**self._turn(name, parts, velocity, experience.keep, update), **logged}
+            self._check_outputs(parts, update.step)
+            parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._reduce)
+        # All players' gradients before any moves: a loss that is not finite leaves everybody where he was.
+        once = dict.fromkeys(turns)
+        ready = [(name, self._gradient(name, parts, velocity, experience.keep, update)) for name in once]
+        for name, means in ready:
+            logged |= self._move(name, means, update)
+        # Of a head's several turns the first is told: it is of samples that it had not learnt from.
+        for name, number in Counter(turns).items():
+            for _ in range(number - 1):
+                self._move(name, self._gradient(name, parts, velocity, experience.keep, update), update)
         return logged
 
-    def _sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
+    def _reduce(self, x: Tensor, op: Operation = "sum") -> Tensor:
+        """Sum over ranks, or take the largest."""
         if self.accelerator.num_processes == 1:
-            return values
-        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
-        return total.to(values.device)
+            return x
+        mine = x.to(self.accelerator.device)
+        found: Tensor = self.accelerator.reduce(mine, "sum") if op == "sum" else self.accelerator.gather(mine[None]).amax(0)
+        return found.to(x.device)
+
+    def _check_outputs(self, parts: Sequence[Rows], step: int) -> None:
+        """Refuse what networks said of an update's rows where it is not finite, on every rank alike, and name whose it is."""
+        assert isinstance(self.algorithm, Distillation)
+        told = [self.algorithm.broken(part) for part in parts]
+        names = list(told[0])
+        flags = self._reduce(torch.tensor([float(any(found[name] for found in told)) for name in names]))
+        for name, flag in zip(names, flags.tolist(), strict=True):
+            if flag:
+                raise self._diverged(name, step, "its output is not finite")
 
     def _may_move(self) -> bool:
         """Let critics hold the policy back until they know something."""
@@ -198,9 +218,9 @@ class Trainer:
         self.held_back += not ready
         return ready
 
-    def _turn(self, name: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, update: Update) -> dict[str, float]:
-        """Make one optimizer update of one player; without a row to learn from nothing moves and nothing is logged."""
-        player, prefix = self.trained[name], "" if name == CURRENT else f"{name}/"
+    def _gradient(self, name: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, update: Update) -> dict[str, float]:
+        """Leave a player's clipped gradient in its parameters; returns its loss, metrics and norm, and nothing without a row to learn from."""
+        player = self.trained[name]
         try:
             sums, count = self._backward(name, parts, velocity, keep)
         except FloatingPointError as error:
@@ -211,6 +231,13 @@ class Trainer:
             return {}
         means = self._mean_over_ranks(sums)
         self._check_finite(name, update.step, means["loss"], norm)
+        return {**means, "grad_norm": norm}
+
+    def _move(self, name: str, means: Mapping[str, float], update: Update) -> dict[str, float]:
+        """Make one optimizer update of one player by the gradient that it has; without one nothing moves and nothing is logged."""
+        if not means:
+            return {}
+        player, prefix = self.trained[name], "" if name == CURRENT else f"{name}/"
         number, rate = update.key(self.algorithm.num_updates) + 1, player.learning_rate
         if name == CURRENT and isinstance(self.algorithm, Distillation):
             rate = self.algorithm.learning_rate(update, rate)
@@ -218,8 +245,8 @@ class Trainer:
             options["lr"] = rate * min(1.0, number / max(1, self.config.warmup))
         player.optimizer.step()
         player.optimizer.zero_grad(set_to_none=True)
-        loss = means.pop("loss")
-        return {f"{prefix}loss": loss, **means, f"{prefix}grad_norm": norm}
+        rest = {key: value for key, value in means.items() if key not in ("loss", "grad_norm")}
+        return {f"{prefix}loss": means["loss"], **rest, f"{prefix}grad_norm": means["grad_norm"]}
 
     def _backward(self, player: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
         """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
@@ -249,12 +276,12 @@ class Trainer:
         return self.pipeline.modules.get(player, self.pipeline.module) if player in (CURRENT, FAKE) else self.trained[player].module
 
     def _average(self, value: float) -> float:
-        return float(self._sum(torch.tensor(value))) / self.accelerator.num_processes
+        return float(self._reduce(torch.tensor(value))) / self.accelerator.num_processes
 
     def _mean_over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means of what any row told of."""
         names = sorted(sums)
-        found = self._sum(torch.stack([sums[name] for name in names]))
+        found = self._reduce(torch.stack([sums[name] for name in names]))
         return {name: total / number for name, (total, number) in zip(names, found.tolist(), strict=True) if number}
 
     def _check_finite(self, player: str, step: int, loss: float, norm: float) -> None:
@@ -273,7 +300,8 @@ class Trainer:
             )
 
     def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
-        self.trained[player].optimizer.zero_grad(set_to_none=True)
+        for other in self.trained.values():
+            other.optimizer.zero_grad(set_to_none=True)
         return FloatingPointError(
             f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); it was not updated. "
             f"Lower {'train' if player == CURRENT else f'algorithm.{player}'}.learning_rate or raise the penalties, and resume from the last checkpoint"
@@ -422,6 +450,11 @@ class Trainer:
                         )
                     if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
+            if not self.may_move and isinstance(self.algorithm, Distillation) and steps > self.algorithm.config.warmup_steps:
+                raise ValueError(
+                    f"the student never moved after its warm-up in {steps} steps: its critics learnt alone (algorithm.least_steps, and with f_distill until "
+                    "ratio/calibrated is 1); the state is saved, more --steps go on"
+                )
             if not self.may_move and isinstance(self.algorithm, HasHeads):
                 raise ValueError(
                     f"the policy never moved in {steps} steps: {', '.join(self.heads)} had not shown that it explains rewards (see explained in "

@@ -82,7 +82,9 @@ class PairCollector:
             raise ValueError(
                 f"algorithm.highest_level: got {self.settings.highest_level}, but this model knows no level above {float(self.sigmas[0]):.4f}; lower it"
             )
-        self.spread = self.pipeline.spread(steps)
+        self.spread, self.finish = self.pipeline.ends(steps)
+        # Under guidance the teacher computes two rows where the student computes one.
+        self._rows_of_teacher = self.teacher.rows_per_evaluation // self.pipeline.rows_per_evaluation
         self.state: dict[str, Any] = {}
         self.evaluations: Counter[str] = Counter()
         self._pairs: tuple[Tensor, list[PromptLike]] | None = None
@@ -120,7 +122,7 @@ class PairCollector:
             noise=no_noise,
             role=REFERENCE,
         )
-        self.evaluations["teacher"] += done.evaluations
+        self.evaluations["teacher"] += done.evaluations * self._rows_of_teacher
         return done.x0.float().cpu()
 
     def _noise(self, rows: Tensor, prompts: Sequence[PromptLike]) -> Tensor:
@@ -151,6 +153,7 @@ class PairCollector:
                 x0=stored[(every - rank) // world].to(self.accelerator.device),
                 sigmas=self.sigmas,
                 spread=self.spread,
+                finish=self.finish,
                 prompt=torch.tensor([prompt.uid for prompt in texts]),
                 group=place,
                 sample=every % config.group_size,

@@ -127,8 +127,8 @@ class Networks:
         if role == FEATURES and self._looked is not None and self._looked[0] is x:
             return self._looked[1]
         if role == TEACHER and self.teacher is not None:
-            self.count(TEACHER, len(x))
             pipeline, cond = self.teacher
+            self.count(TEACHER, len(x) * (pipeline.rows_per_evaluation // self.pipeline.rows_per_evaluation))
             return pipeline.velocity(x, sigma, cond.take(sample), REFERENCE)
         cond = self.cond.take(sample)
         if role == REFERENCE and self.taps:
@@ -142,9 +142,10 @@ class Networks:
             velocity, features = self.pipeline.look(x, sigma, cond, REFERENCE)
             self._looked = x, features
             return features if role == FEATURES else velocity
-        self.count("train" if torch.is_grad_enabled() else role, len(x))
+        trained = torch.is_grad_enabled() and self.pipeline.roles.is_trained(role)
+        self.count("train" if trained else role, len(x))
         velocity = self.pipeline.velocity(x, sigma, cond, role)
-        if torch.is_grad_enabled():
+        if trained:
             # Read once a step: nothing waits for the device.
             self.squares.append((velocity.detach().square().flatten(1).mean(1).sum(), len(x)))
         return velocity

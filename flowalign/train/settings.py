@@ -32,7 +32,7 @@ class TrainConfig:
         keep_best_by: Name of a reward or metric, best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
             five steps is kept, and written to ``best_weights`` at the end; null for none.
         stop_on_alarm: Stop, with the state saved, at the first sign of reward hacking.
-        sample_every: Steps between grids of samples; 0 for none.
+        sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
     """
 
@@ -51,7 +51,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_best_by: str | None = None
     stop_on_alarm: bool = False
-    sample_every: int = 0
+    sample_every: int = 20
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:

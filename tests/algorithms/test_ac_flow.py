@@ -240,7 +240,7 @@ def test_a_critic_of_noise_does_not_begin_and_one_of_a_signal_does():
         (lambda: ac_flow.Config(critic_updates=0), "must be at least 1"),
         (lambda: ac_flow.Config(least_steps=30), "least_steps: got 30, needed 0 to 20"),
         (lambda: Head(width=0), "needed at least 1"),
-        (lambda: Head(learning_rate=float("inf")), "learning_rate must be positive"),
+        (lambda: Head(learning_rate=float("inf")), "got learning_rate inf and weight_decay 0.01, needed a positive number"),
     ],
 )
 def test_settings_that_cannot_be_meant(make, message):

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from flowalign.algorithms import dmd2, f_distill
+from flowalign.core.adamw import AdamW
 from flowalign.core.algorithm import Update
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.distillation import Pairs
 from flowalign.core.divergences import weight
+from flowalign.core.ratios import identity
 from flowalign.core.worlds import GaussianWorld
 
 TEACHER = (0.0, 1.0)
@@ -73,6 +75,7 @@ def pairs(num, shares=1, sigmas=SIGMAS, dims=1):
         x0=noise + 0.25,
         sigmas=sigmas.double(),
         spread=1.0,
+        finish=1.0,
         prompt=every,
         group=every,
         sample=torch.zeros(num, dtype=torch.int64),
@@ -88,7 +91,7 @@ def gradient(algorithm, student, batch, *, step=0, parts=1, state=None):
     split = rows.split(math.ceil(len(rows) / parts))
     with torch.set_grad_enabled(parts == 1):
         looked = [algorithm.look(part, networks) for part in split]
-    weighed, state, logged = algorithm.weigh(looked, algorithm.start() if state is None else state, lambda x: x)
+    weighed, state, logged = algorithm.weigh(looked, algorithm.start() if state is None else state, identity)
     student.zero_grad()
     for part in weighed:
         algorithm.loss("current", part, networks).value.sum().backward()
@@ -153,6 +156,16 @@ def test_guidance_is_pushed_beside_matching_and_not_weighted():
     slope = torch.autograd.grad(torch.nn.functional.softplus(-logits).sum(), x)[0][:, 0] * (1 - sigma)
     expected = (pushed + 1e-3 * slope).mean()
     torch.testing.assert_close(guided[0], expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_guidance_is_weighed_where_told():
+    student, batch = Student(0.7, 1.4), pairs(40, shares=2)
+    (rows,) = gradient(built(guidance_scale=2.5), student, batch)[1]
+    apart, whole = (gradient(built(guidance_scale=2.5, weigh_guidance=told), student, batch)[0] for told in (False, True))
+    x0_slope = torch.stack([torch.ones_like(rows["scale"]), rows["first"][:, 0]])  # of the student's mean and spread
+    more = rows["guidance"][:, 0] * (rows["weight"] - 1) * rows["scale"]
+    torch.testing.assert_close(whole - apart, (x0_slope * more).mean(1), rtol=1e-9, atol=1e-12)
+    assert (whole - apart).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "forward_kl"])
@@ -259,8 +272,12 @@ def test_the_critics_losses():
     torch.testing.assert_close(judged.value.double(), expected, rtol=1e-6, atol=1e-7)
     right = ((real > 0).double() + (made < 0).double()) / 2
     torch.testing.assert_close(judged.metrics["discriminator/accuracy"].double(), right)
-    low = judged.metrics["discriminator/accuracy_low"]
-    assert torch.equal(torch.isnan(low), sigma > 0.5)
+    # By quarters of the levels that are drawn, 0.02 to 0.98.
+    for number in range(4):
+        told = judged.metrics[f"discriminator/accuracy_{number}"]
+        inside = (sigma > 0.02 + 0.24 * number) & (sigma <= 0.26 + 0.24 * number)
+        assert torch.equal(~torch.isnan(told), inside)
+        assert torch.equal(told[inside].double(), right[inside])
 
 
 def test_levels_lie_within_their_limits_and_a_shift_makes_them_noisier():
@@ -274,7 +291,8 @@ def test_levels_lie_within_their_limits_and_a_shift_makes_them_noisier():
 
 def test_a_student_waits_for_critics_that_are_calibrated_and_not_for_ever():
     algorithm = f_distill.Config(warmup_steps=5, least_steps=3, patience=20).build()
-    good, bad = {"calibration": torch.full((10,), 1.5)}, {"calibration": torch.full((10,), 0.3)}
+    ones = torch.ones(10).double()
+    good, bad = ({"calibration": torch.stack([mean * ones, ones])} for mean in (1.5, 0.3))
     assert [algorithm.is_ready(good, held) for held in (5, 7, 8)] == [False, False, True]
     assert not algorithm.is_ready(bad, 24)
     with pytest.raises(ValueError, match=r"in 20 steps of the critics alone .*mean ratios by noise level 0.30.* algorithm dmd2"):
@@ -289,11 +307,14 @@ def test_a_student_waits_for_critics_that_are_calibrated_and_not_for_ever():
         ({"adversarial_weight": 0.0}, "reads density ratios off the discriminator"),
         ({"lowest_level": 0.0}, "0 < lowest < highest <= 1"),
         ({"teacher_steps": 0}, "teacher_steps: got 0"),
+        ({"patience": 10, "least_steps": 10}, "patience: got 10, needed more than least_steps"),
+        ({"warmup_learning_rate": 0.0}, "warmup_learning_rate: got 0.0"),
+        ({"fake": {"learning_rate": -1.0}}, "got learning_rate -1.0 and weight_decay"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        f_distill.Config(**options)
+        f_distill.Config(**{key: AdamW(**value) if key == "fake" else value for key, value in options.items()})
 
 
 def test_unknown_divergences_and_taps_are_refused():

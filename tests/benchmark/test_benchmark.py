@@ -392,6 +392,17 @@ def test_each_line_of_the_factor_study_changes_one_factor():
         assert found == changed[after], after
 
 
+def test_the_methods_of_the_shipped_comparison_share_optimizer_and_average():
+    from flowalign.run_config import find_config, load_config
+
+    config = load_benchmark(find_config("benchmark_shapes"), [])
+    cells = [config.final(method, config.search.points()[0], 0) for method in config.methods]
+    trains = [load_config(cell.base, cell.arguments(Path("run"))).train for cell in cells]
+    assert {(train.betas, train.ema_decay, train.weight_decay, train.max_grad_norm, train.warmup) for train in trains} == {
+        ((0.9, 0.95), 0.9, 1e-4, 1.0, 0)
+    }
+
+
 def flat(value, prefix=""):
     if not isinstance(value, dict):
         return {prefix: value}

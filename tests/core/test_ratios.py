@@ -36,7 +36,8 @@ WEIGHTS = {
 
 def weights_of(name="jensen_shannon", logits=LOGITS, bins=BINS, calibration=None, **options):
     settings = RatioWeights(divergence=name, **({"num_bins": 2, "decay": 0.5} | options))
-    start = start_calibration(settings.num_bins) if calibration is None else calibration
+    # As the released code begins: with a mean of 1 that counts as much as all batches before.
+    start = torch.ones(2, settings.num_bins).double() if calibration is None else calibration
     return density_weights(log_ratio_of(logits), bins, start, settings)
 
 
@@ -44,7 +45,7 @@ def weights_of(name="jensen_shannon", logits=LOGITS, bins=BINS, calibration=None
 def test_weights_and_bins_are_the_published_ones(name):
     found = weights_of(name)
     assert found.weight.tolist() == pytest.approx(WEIGHTS[name], rel=4e-6, abs=1e-6)  # its two additions of 1e-6
-    assert found.calibration.tolist() == pytest.approx([1.42957, 5.52500], abs=1e-4)
+    assert found.calibration[0].tolist() == pytest.approx([1.42957, 5.52500], abs=1e-4)
 
 
 def test_reverse_kl_is_dmd2_to_the_last_bit_whatever_the_discriminator_says():
@@ -74,9 +75,9 @@ def test_two_ranks_of_unequal_size_agree_with_one(name):
     ranks = _in_step([(log_ratio_of(logits[part]), bins[part]) for part in parts], settings)
     assert torch.allclose(torch.cat([rank.weight for rank in ranks]), whole.weight, rtol=1e-12)
     assert all(torch.allclose(rank.calibration, whole.calibration, rtol=1e-12) for rank in ranks)
-    assert whole.calibration[3] == 1
+    assert whole.calibration[:, 3].tolist() == [1.0, 0.0]
     for rank in ranks:
-        for key in ("ratio", "weight_mean", "effective_share", "clipped", "calibrated"):
+        for key in ("ratio", "weight_min", "weight_mean", "weight_max", "effective_share", "clipped", "calibrated"):
             assert rank.stats[key] == pytest.approx(whole.stats[key])
 
 
@@ -87,19 +88,41 @@ def _in_step(batches, settings):
     def run(rank):
         calls = iter(range(99))
 
-        def reduce(term):
+        def reduce(x, op="sum"):
             call = next(calls)
             while len(known) <= call:
                 known.append({})
-            known[call][rank] = term.clone()
-            return sum(known[call].values())
+            known[call][rank] = x.clone()
+            terms = torch.stack(list(known[call].values()))
+            return terms.sum(0) if op == "sum" else terms.amax(0)
 
         return density_weights(*batches[rank], start_calibration(settings.num_bins), settings, reduce=reduce)
 
     # Terms of a later call depend on the sums of earlier ones: after as many rounds as there are calls nothing changes any more.
-    for _ in range(6):
+    for _ in range(8):
         found = [run(rank) for rank in range(len(batches))]
     return found
+
+
+def test_a_bins_mean_is_of_what_was_measured_from_the_first_batch_on():
+    """A ratio of 0.3 is never taken for one near 1, and a bin that was not seen is not calibrated."""
+    settings = RatioWeights(num_bins=2, decay=0.9)
+    calibration = start_calibration(2)
+    assert not is_calibrated(calibration)
+    low = torch.full((8,), 0.3, dtype=torch.float64).log()
+    for _ in range(5):
+        found = density_weights(low, torch.arange(8) % 2, calibration, settings)
+        calibration = found.calibration
+        assert calibration[0].tolist() == pytest.approx([0.3, 0.3])
+        assert not is_calibrated(calibration)
+        assert found.stats["calibrated"] == 0
+    half = density_weights(0 * low, torch.zeros(8, dtype=torch.int64), start_calibration(2), settings)
+    assert not is_calibrated(half.calibration)
+    assert half.stats["calibrated"] == 0.5
+    # Batches count as in any running mean: 0.9 to 1 of the next.
+    after = density_weights(0 * low, torch.arange(8) % 2, calibration, settings).calibration[0, 0].item()
+    known = 1 - 0.9**5
+    assert after == pytest.approx((0.9 * known * 0.3 + 0.1 * 1.0) / (0.9 * known + 0.1))
 
 
 def test_constant_factors_of_the_ratio_and_of_h_change_nothing():
@@ -118,7 +141,7 @@ def test_the_mean_ratio_over_the_student_is_1_and_the_clip_hardly_moves_it():
     found = density_weights(log_ratio, torch.zeros(len(x), dtype=torch.int64), start_calibration(1), settings)
     cdf, low, high = NormalDist().cdf, math.log(0.1), math.log(20)
     clipped = 0.1 * cdf(low + 0.5) + cdf(high - 0.5) - cdf(low - 0.5) + 20 * cdf(-high - 0.5)
-    assert found.calibration.item() == pytest.approx(clipped, abs=1e-5)
+    assert found.calibration[0].item() == pytest.approx(clipped, abs=1e-5)
     assert found.stats["clipped"] == pytest.approx(cdf(low + 0.5) + cdf(-high - 0.5), abs=1e-4)
     assert 1 / found.stats["effective_share"] == pytest.approx(2.63, abs=0.01)
     assert is_calibrated(found.calibration)
@@ -157,9 +180,8 @@ def test_a_batch_that_lies_outside_the_clip_is_warned_of_with_what_to_do():
 
 
 def test_critics_are_calibrated_when_every_bin_is_within_a_factor_of_2():
-    assert is_calibrated(torch.tensor([0.5, 1.0, 2.0]))
-    assert not is_calibrated(torch.tensor([1.0, 1.0, 2.1]))
-    assert not is_calibrated(torch.tensor([math.nan, 1.0]))
+    for means, expected in (([0.5, 1.0, 2.0], True), ([1.0, 1.0, 2.1], False), ([math.nan, 1.0], False)):
+        assert is_calibrated(torch.stack([torch.tensor(means), torch.ones(len(means))])) == expected
 
 
 def test_what_cannot_be_meant_is_refused():

@@ -432,12 +432,23 @@ def test_a_run_writes_its_log_samples_and_resolved_configuration(write_config):
     path = write_config(steps=1)
     _, log = train(path, "--train.sample_every", "1")
     folder = load_config(str(path)).output
-    assert (folder / "samples" / "step_000000.png").stat().st_size > 500
+    assert {path.name for path in (folder / "samples").iterdir()} == {"base.png", "step_000001.png"}
     assert set(log[0]["time_s"]) >= {"rollout", "reward", "train", "total"}
     assert set(log[0]["reward"]) == {"shapes", "brightness"}
     again = load_config(str(folder / "config.yaml"))
     assert again == replace(load_config(str(path)), train=again.train)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["images"] == 8
+
+
+def test_samples_over_time_differ_by_the_weights_alone(write_config):
+    """A rate that moves nothing: the base's grid again; and no sampling of grids changes what is trained."""
+    path = write_config(steps=2)
+    train(path, "--train.sample_every", "1", "--train.learning_rate", "1e-30")
+    folder = load_config(str(path)).output / "samples"
+    pictures = [(folder / name).read_bytes() for name in ("base.png", "step_000001.png", "step_000002.png")]
+    assert pictures[0] == pictures[1] == pictures[2]
+    weights = [train(write_config(f"every_{every}", steps=2), "--train.sample_every", str(every))[0] for every in (0, 1)]
+    assert same(*weights)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
