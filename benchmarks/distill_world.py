@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowalign import config as configuring
 from flowalign import images as pictures
 from flowalign.env import hardware, versions
 from flowalign.evaluate.distances import manifold
@@ -36,7 +37,7 @@ from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import run_training
-from flowalign.run_config import RunConfig, load_config
+from flowalign.run_config import RunConfig, claim_folder, load_config
 from flowalign.train.journal import read_log, write_atomically
 
 DIVERGENCES = ("reverse_kl", "jensen_shannon", "forward_kl")
@@ -73,14 +74,15 @@ def measures(found: Evaluation, real: Tensor, teacher: Tensor | None) -> dict[st
     return values
 
 
-def teacher_of(output: Path, threads: int) -> dict[str, Any]:
-    """Score the teacher once, at several numbers of steps, and keep its images of the most."""
+def teacher_of(output: Path, threads: int, extra: Sequence[str]) -> dict[str, Any]:
+    """Score the teacher once, at several numbers of steps, and keep its images of the most; another model's scores are refused."""
     path, kept = output / "teacher.json", output / "teacher_images.safetensors"
+    settings = configuring.encode(load_config("shapes_f_distill", list(extra)).pipeline)
     if not path.is_file():
         from safetensors.torch import save_file
 
         torch.set_num_threads(threads)
-        pipeline: FlowPipeline = load_config("shapes_f_distill").pipeline.build()
+        pipeline: FlowPipeline = load_config("shapes_f_distill", list(extra)).pipeline.build()
         real = suite().reference(seed=1)
         # Noise of its own: coverage by samples of the same noise would be too kind to a student that learnt pairs.
         reference = score_model(pipeline, suite(), num_steps=max(TEACHER_STEPS), seed=1000, title="teacher, other noise")
@@ -93,9 +95,13 @@ def teacher_of(output: Path, threads: int) -> dict[str, Any]:
         }
         output.mkdir(parents=True, exist_ok=True)
         save_file({"images": reference.images.contiguous()}, kept)
-        write_atomically(path, json.dumps(table, indent=2) + "\n")
+        write_atomically(path, json.dumps({"pipeline": settings, "by_steps": table}, indent=2) + "\n")
     found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    changed = configuring.differences(found["pipeline"], settings)
+    if changed:
+        raise SystemExit(f"{output}: holds a study of another teacher ({'; '.join(changed)}); choose another --output")
+    scores: dict[str, Any] = found["by_steps"]
+    return scores
 
 
 def configuration(output: Path, name: str, seed: int, steps: int | None, extra: Sequence[str]) -> RunConfig:
@@ -129,6 +135,7 @@ def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequen
     config = configuration(output, name, seed, steps, extra)
     path = config.output / "result.json"
     if path.is_file() and _result(output, name, seed)["steps"] >= config.steps:
+        claim_folder(config)  # refuses a result of other settings
         return
     if name in DIVERGENCES:
         start_from(configuration(output, WARM, seed, None, extra).output, config.output)
@@ -161,7 +168,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each job")
     options, extra = parser.parse_known_args()
-    teacher = teacher_of(options.output, options.threads * options.jobs)
+    teacher = teacher_of(options.output, options.threads * options.jobs, extra)
     _run(options, [(WARM, seed, None) for seed in options.seeds], extra)
     _run(options, [(name, seed, None) for seed in options.seeds for name in DIVERGENCES], extra)
     # The control gets the evaluations that the others took, on average.

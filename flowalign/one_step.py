@@ -19,7 +19,7 @@ from flowalign.demo import IMAGES_PER_PROMPT, NUM_PROMPTS, begin
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.drift import COLUMNS, measure_drift
-from flowalign.evaluate.records import Evaluation
+from flowalign.evaluate.records import Evaluation, compare
 from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
@@ -75,11 +75,16 @@ def _finish(
     assert student.images is not None
     assert usual.images is not None
     images.save_png(images.grid(student.images[: 8 * IMAGES_PER_PROMPT], 8, scale=3), output / "one_step.png")
+    differences = compare(usual, student)
     summary = {
-        "student": student.summary(),
+        # The names of `flowalign demo`: what was trained is the student.
+        "base": usual.summary(),
+        "tuned": student.summary(),
+        "one_step": student.summary(),
+        "paired_difference": {measure: found.as_dict() for measure, found in differences.items()},
         "teacher_by_steps": {str(num): found.scores().overall.as_dict() for num, found in teacher.items()},
         "share_of_teacher": {str(num): share for num, share in shares.items()},
-        "seconds": {name: round(value, 1) for name, value in phases.items()},
+        "seconds": round(sum(phases.values()), 1),
         "seed": config.seed,
         "versions": versions(),
     }

@@ -270,12 +270,12 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
         mine = [name for name in line["reward"] if name.split("/")[0] in trained]
         held_out = [name for name in (*line.get("metric", ()), *line["reward"]) if name not in mine]
         line["monitor"] |= monitors.gaps(lines, mine, held_out)
-        found = monitors.alarms(lines, mine, held_out)
+        found = monitors.student_alarms(lines, list(line["reward"])) if measured else monitors.alarms(lines, mine, held_out)
         if found:
             line["alarm"] = [alarm.text for alarm in found]
         for alarm in found:
             if alarm.monitor not in told and accelerator.is_main_process:
-                tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (a sign of reward hacking; look at samples and held-out rewards)")
+                tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (look at samples and held-out rewards)")
             told.add(alarm.monitor)
         every, done = config.train.sample_every, line["step"] + 1
         if every and accelerator.is_main_process and (done % every == 0 or done == config.steps):

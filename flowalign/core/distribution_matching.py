@@ -138,8 +138,8 @@ def guidance_direction(
 ) -> Float[Tensor, "batch *event"]:
     """Return the part of the direction that the teacher's guidance adds: its prediction without guidance less that with.
 
-    Matching and guidance are pushed apart: the ratio of densities weighs the first and knows nothing of the second, since no density that a discriminator
-    sees is tilted by guidance. With equal weights their sum is the direction to the guided prediction. For plain guidance of a scale it is
+    Matching and guidance are pushed apart: the ratio of densities weighs the first. A discriminator that is shown the guided teacher's samples tells the
+    ratio of the guided density, which in theory weighs both; see ``weigh_guidance`` of f_distill. With equal weights their sum is the direction to the guided prediction. For plain guidance of a scale it is
     ``-(scale - 1) * (x0_teacher - x0_unconditional)``.
 
     Args:

@@ -118,6 +118,33 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
     return found
 
 
+def student_alarms(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) -> list[Alarm]:
+    """Look for a student that falls apart, at the last of a distillation's steps.
+
+    Its first images are no yardstick: in few steps an untrained student makes the same blur of every noise. What it had is: the last five steps are
+    compared with the best five before. An alarm is a diversity within a prompt, or a score, that has fallen below half of that.
+
+    Args:
+        lines: Of ``log.jsonl``, from the first step.
+        rewards: Names of the rewards that measure it.
+
+    Returns:
+        The alarms of the last step; none before ten steps.
+    """
+    found = []
+    for part, name in (("monitor", DIVERSITY), *(("reward", name) for name in rewards)):
+        values = [line.get(part, {}).get(name) for line in lines]
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if len(known) < 2 * _WINDOW:
+            continue
+        means = [fmean(known[start : start + _WINDOW]) for start in range(len(known) - _WINDOW + 1)]
+        best, last = max(means[:-_WINDOW]), means[-1]
+        if last < 0.5 * best:
+            text = f"the student's {name.replace('_', ' ')} falls: {best:.4f} -> {last:.4f}"
+            found.append(Alarm(monitor=name, step=int(lines[-1]["step"]), text=text))
+    return found
+
+
 def gaps(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out: Sequence[str]) -> dict[str, float]:
     """Return how far the trained rewards have run ahead of each held-out one, ``gap/NAME``.
 

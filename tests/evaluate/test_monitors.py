@@ -113,3 +113,20 @@ def test_the_gap_is_what_the_trained_reward_rose_more_than_the_held_out_one():
     assert monitors.gaps(alike, ["trained"], ["held"])["gap/held"] == pytest.approx(0, abs=1e-9)
     assert monitors.gaps(lines[:9], ["trained"], ["held"]) == {}
     assert monitors.gaps(log(trained=lambda i: 0.0), ["trained"], ["held"]) == {}
+
+
+def student(values, name="diversity"):
+    part = "monitor" if name == "diversity" else "reward"
+    return [{"step": step, part: {name: value}} for step, value in enumerate(values)]
+
+
+def test_a_student_is_measured_by_the_best_that_it_had_and_not_by_its_blurred_beginning():
+    rise = [0.0006] * 5 + [0.1] * 10
+    assert monitors.student_alarms(student(rise), []) == []
+    (alarm,) = monitors.student_alarms(student([*rise, *[0.04] * 5]), [])
+    assert (alarm.monitor, alarm.step) == ("diversity", 19)
+    assert "diversity falls: 0.1000 -> 0.0400" in alarm.text
+    assert monitors.student_alarms(student([*rise, *[0.06] * 5]), []) == []
+    (alarm,) = monitors.student_alarms(student([0.0, 0.2, 0.3, 0.3, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0], "strict"), ["strict"])
+    assert alarm.monitor == "strict"
+    assert monitors.student_alarms(student([0.3] * 9), []) == []

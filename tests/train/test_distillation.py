@@ -14,6 +14,7 @@ from flowalign.config import ConfigError
 from flowalign.core.algorithm import Update
 from flowalign.core.ratios import identity
 from flowalign.generate import evaluate
+from flowalign.lcsc import lcsc
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config
 from flowalign.train.checkpoint import load_newest
@@ -312,6 +313,15 @@ def test_a_student_of_all_weights_is_compared_with_its_teacher_as_that_is_sample
     assert "1 steps against 4 of the other" in capsys.readouterr().out
     evaluate(str(model), against=str(weights), num_prompts=6, images_per_prompt=1, num_steps=4)
     assert "4 steps against 1 of the other" in capsys.readouterr().out
+
+
+def test_checkpoints_of_a_student_are_combined_by_what_it_makes_in_its_own_steps(write_config):
+    rewards = [{"reward": {"type": "shapes", "strict": 0.0}}]
+    path = settings(write_config, steps=3, algorithm={"warmup_steps": 3}, rewards=rewards, train={**SMALL, "keep_checkpoints": 3})
+    run_training(load_config(str(path)))
+    output = load_config(str(path)).output
+    lcsc(output, budget=3, num_prompts=4)
+    assert '"denoising_steps": 1' in (output / "lcsc" / "search.jsonl").read_text()
 
 
 def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):

@@ -1,10 +1,14 @@
 """The shipped recipes of distillation on tiny random models of the same families: they take steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
+from flowalign.core.algorithm import Update
+from flowalign.core.plans import ode
 from flowalign.run import build_trainer
 from flowalign.run_config import load_config
 from tests.pipelines import families
@@ -17,6 +21,7 @@ SMALL = {
     "train.micro_batch_size": 4,
     "algorithm.num_pairs": 4,
     "algorithm.least_steps": 1,
+    "algorithm.weights.num_bins": 1,  # so few samples would leave bins unseen
     "pipeline.num_steps": 4,
     "pipeline.dtype": "float32",
     "pipeline.gradient_checkpointing": "false",
@@ -36,11 +41,9 @@ def small(prompts):
     return [part for key, value in {**SMALL, "prompts.source": prompts}.items() for part in (f"--{key}", str(value))]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
-    flags = [*small(prompts), "--output", str(tmp_path / "run")]
-    if "sdxl" in name:
-        flags += ["--algorithm.warmup_steps", "1"]
+def build(name, prompts, folder, *more):
+    """A recipe on its family's tiny model: the configuration and the trainer."""
+    flags = [*small(prompts), "--output", str(folder), *more]
     config = load_config(name, flags)
     pipe = families.pipeline(RECIPES[name])
     if hasattr(config.pipeline, "spaced"):
@@ -50,7 +53,12 @@ def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
         options["max_sequence_length"] = 12
         flags += ["--pipeline.max_sequence_length", "12"]
         config = load_config(name, flags)
-    built = build_trainer(config, Accelerator(), pipeline=families.build(RECIPES[name], pipe=pipe, **options))
+    return config, build_trainer(config, Accelerator(), pipeline=families.build(RECIPES[name], pipe=pipe, **options))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
+    config, built = build(name, prompts, tmp_path / "run", *(["--algorithm.warmup_steps", "1"] if "sdxl" in name else []))
     lines = [built.step(step) for step in range(3)]
     assert all(math.isfinite(value) for line in lines for value in line["metrics"].values())
     assert lines[-1]["metrics"]["push"] > 0
@@ -59,6 +67,21 @@ def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
     assert ("teacher" in lines[-1]["evaluations"]) == guided
     assert built.collector.sigmas[0] > 0.9
     assert len(built.collector.sigmas) == config.algorithm.student_steps + 1
+
+
+@pytest.mark.parametrize("student_steps", [1, 2])
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_trained_at_the_last_rung_is_what_the_pipeline_decodes(prompts, tmp_path, name, student_steps):
+    """To rounding: a variance-preserving pipeline ends above sigma 0, in its own coordinates."""
+    _, built = build(name, prompts, tmp_path / "run", "--algorithm.student_steps", str(student_steps), "--algorithm.warmup_steps", "0")
+    found = built.collect(0)
+    rows = built.algorithm.rows(found.experience, Update(seed=0, step=0, index=0))
+    columns = {**rows.columns, "rung": torch.full_like(rows["rung"], student_steps - 1)}
+    with torch.no_grad():
+        made = built.algorithm.generate(replace(rows, columns=columns), found.velocity)
+    noise = rows["first"] / built.collector.spread
+    done = built.pipeline.rollout(found.velocity.cond.take(rows.sample), ode(student_steps), x_init=noise, noise=lambda step: noise)
+    assert (made - done.x0).abs().max() < 2e-5 * done.x0.abs().max()
 
 
 @pytest.mark.parametrize(
