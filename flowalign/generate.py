@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation, compare, table
 from flowalign.evaluate.statistics import verdict
 from flowalign.evaluate.suites import run_suite, suite
+from flowalign.evaluation_report import write_evaluation
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RunConfig, find_config, load_config
 from flowalign.suite_options import suite_options
@@ -193,7 +195,19 @@ def evaluate(
             base.write(output / "records_base.jsonl")
         result["settings"] = configuration.encode(settings)
         (output / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nwritten: {output}")
+        told = [f"{measure}: {text}" for measure, text in result.get("verdict", {}).items()]
+        page = write_evaluation(
+            output / "report.html",
+            tuned,
+            base,
+            names=(against or f"{model} without LoRA", model if lora is None else f"{model} with {lora}"),
+            notes=[
+                *told,
+                "Intervals are 95 %, from a bootstrap over prompts within kinds; they do not cover the spread between training seeds.",
+            ],
+            settings=yaml.safe_dump(configuration.encode(settings), sort_keys=False),
+        )
+        print(f"\nwritten: {output}\nreport: {page}")
     return result
 
 

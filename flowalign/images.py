@@ -84,6 +84,20 @@ def png_bytes(image: Tensor | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def picture_bytes(image: Tensor) -> bytes:
+    """Return one image ``[3, h, w]`` for a page: the bytes of a PNG where it is small, else of a JPEG of at most 512 pixels."""
+    if max(image.shape[1:]) <= _SMALL:
+        return png_bytes(image)
+    picture = to_pil(image)
+    picture.thumbnail((_PAGE, _PAGE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88)
+    return buffer.getvalue()
+
+
+_SMALL, _PAGE = 128, 512
+
+
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=_TEXT_SIZE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from flowalign import config as configuration
+from flowalign import snapshots
 from flowalign.config import ConfigError
 from flowalign.env import hardware, versions
 from flowalign.evaluate.charts import Chart, curve_from_log
-from flowalign.evaluate.report import Report, Share, Table, write_report
+from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, write_report
 from flowalign.train.journal import read_log
 
 Log = list[dict[str, Any]]
@@ -44,6 +47,7 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
     report = Report(
         title="flowalign run" if len(runs) == 1 else f"{len(runs)} flowalign runs",
         subtitle=", ".join(f"{name} ({len(log)} steps)" for name, log in logs.items()),
+        galleries=[gallery for name, run in zip(names, runs, strict=True) for gallery in _over_time(run, name if len(runs) > 1 else "")],
         charts=[_chart(part, flat) for part in parts],
         shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
         tables=_tables(logs, settings),
@@ -63,6 +67,37 @@ def _log_of(run: Path) -> Log:
     if not log:
         raise ConfigError(f"{run}: the run has finished no step, so there is nothing to report")
     return log
+
+
+def _over_time(run: Path, name: str) -> list[Gallery]:
+    """Return the run's grids of samples, the base's first, as many as a page bears and evenly spread; the last step's is always there."""
+    found = sorted((run / snapshots.FOLDER).glob("step_*[0-9].png"))
+    base = run / snapshots.FOLDER / snapshots.BASE
+    num = min(_GRIDS, len(found))
+    chosen = [found[round((place + 1) * len(found) / num) - 1] for place in range(num)]
+    files = [*([("the base", base)] if base.is_file() else []), *((f"after {int(path.stem[5:])} steps", path) for path in chosen)]
+    pictures = [Picture(data=_small(path), text=text) for text, path in files]
+    title = "Over time" + (f": {name}" if name else "")
+    return (
+        [Gallery(title=title, lead="The same prompts from the same noise; click to enlarge.", pictures=pictures, wide=True)]
+        if pictures
+        else []
+    )
+
+
+_GRIDS, _WIDTH, _BYTES = 5, 1024, 2**18
+
+
+def _small(path: Path) -> bytes:
+    """Return a picture as it is, or smaller where a page would grow heavy with it."""
+    data = path.read_bytes()
+    if len(data) <= _BYTES:
+        return data
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.thumbnail((_WIDTH, 4 * _WIDTH))
+        out = io.BytesIO()
+        picture.convert("RGB").save(out, "JPEG", quality=88)
+    return out.getvalue()
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:

@@ -226,9 +226,12 @@ def _aligned(rows: Sequence[Sequence[str]], *, num_right: int) -> str:
     return "\n".join(lines)
 
 
-def _values(records: Sequence[Record], measure: Measure) -> list[float | None]:
+def value_of(record: Record, measure: Measure) -> float | None:
+    """Return an image's score; None where it has none."""
     if measure == "strict":
-        return [None if record.strict is None else float(record.strict) for record in records]
-    if measure == "graded":
-        return [record.graded for record in records]
-    return [record.scores.get(measure) for record in records]
+        return None if record.strict is None else float(record.strict)
+    return record.graded if measure == "graded" else record.scores.get(measure)
+
+
+def _values(records: Sequence[Record], measure: Measure) -> list[float | None]:
+    return [value_of(record, measure) for record in records]

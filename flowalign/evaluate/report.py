@@ -15,7 +15,7 @@ from torch import Tensor
 from flowalign.evaluate.charts import Chart, Drawing, draw
 from flowalign.evaluate.records import Evaluation, Measure, compare
 from flowalign.evaluate.scores import Interval
-from flowalign.images import png_bytes
+from flowalign.images import picture_bytes
 
 _TEMPLATE = "report.html.jinja"
 _PICTURE = "chart.svg.jinja"
@@ -52,6 +52,40 @@ class Comparison:
     base_passed: Sequence[bool]
     tuned_passed: Sequence[bool]
     further: tuple[str, Tensor, Sequence[bool]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image and what is to be said of it.
+
+    Attributes:
+        data: A PNG or JPEG file.
+        text: What it shows; also its alternative text.
+        passed: Whether everything is right; None where there is no verdict.
+        note: Its score, in words.
+        clauses: Names of its prompt's sub-checks, and whether each holds.
+    """
+
+    data: bytes
+    text: str
+    passed: bool | None = None
+    note: str = ""
+    clauses: Sequence[tuple[str, bool]] = ()
+
+    @property
+    def uri(self) -> str:
+        """The image as a part of the page."""
+        return data_uri(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Images under one heading; ``wide`` ones are grids themselves."""
+
+    title: str
+    pictures: Sequence[Picture]
+    lead: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +137,7 @@ class Report:
         headline: The one result.
         comparisons: Images before and after.
         scores: The table of scores; the last row is the overall score.
+        galleries: Further images: over time, best and worst.
         charts: Curves of the run.
         shares: Where the time went.
         tables: Drift and whatever else is tabular.
@@ -119,6 +154,7 @@ class Report:
     headline: Headline | None = None
     comparisons: Sequence[Comparison] = ()
     scores: Sequence[ScoreRow] = ()
+    galleries: Sequence[Gallery] = ()
     charts: Sequence[Chart] = ()
     shares: Sequence[Share] = ()
     tables: Sequence[Table] = ()
@@ -127,6 +163,12 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+
+def data_uri(data: bytes) -> str:
+    """Return a PNG or JPEG file as a part of a page."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -255,18 +297,15 @@ def _third(further: tuple[str, Evaluation] | None, chosen: Sequence[int]) -> tup
 def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:
     sides = []
     further = [] if comparison.further is None else [comparison.further]
-    for name, images, passed in (
-        (names[0], comparison.base, comparison.base_passed),
-        (names[1], comparison.tuned, comparison.tuned_passed),
-        *further,
+    for kind, name, images, passed in (
+        ("base", names[0], comparison.base, comparison.base_passed),
+        ("tuned", names[1], comparison.tuned, comparison.tuned_passed),
+        *(("further", *third) for third in further),
     ):
         if len(images) != len(passed) or len(images) != len(comparison.base):
             raise ValueError(f"comparison {comparison.prompt!r}: needed as many {name} images as verdicts, and as base images")
-        pictures = [
-            {"uri": "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode(), "passed": bool(good)}
-            for image, good in zip(images, passed, strict=True)
-        ]
-        sides.append({"name": name, "pictures": pictures, "num_passed": sum(bool(good) for good in passed)})
+        pictures = [{"uri": data_uri(picture_bytes(image)), "passed": bool(good)} for image, good in zip(images, passed, strict=True)]
+        sides.append({"name": name, "kind": kind, "pictures": pictures, "num_passed": sum(bool(good) for good in passed)})
     return {"prompt": comparison.prompt, "sides": sides}
 
 

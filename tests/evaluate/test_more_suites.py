@@ -129,9 +129,9 @@ def test_the_verdict_says_what_is_shown_and_how_many_images_more_would_need():
 def test_misspelt_and_misplaced_options_are_answered(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'geneval'"):
         suite("genevall")
-    with pytest.raises(ConfigError, match="--detector: is an option of --suite geneval, not of 'shapes'"):
+    with pytest.raises(ConfigError, match="--detector: is an option of suite geneval, not of 'shapes'"):
         suite_options("shapes", None, {"detector": "x"})
-    with pytest.raises(ConfigError, match="--reward: is needed by --suite prompts"):
+    with pytest.raises(ConfigError, match="--reward: is needed by suite prompts"):
         suite_options("prompts", None, {"prompts": tmp_path / "p.txt", "reward": None})
     with pytest.raises(ConfigError, match="--split: got 'test'"):
         suite_options("geneval", None, {"split": "test"})

@@ -1,10 +1,13 @@
 """The report of run folders."""
 
 import json
+import re
 
 import pytest
+import torch
 import yaml
 
+from flowalign import images
 from flowalign.cli import main
 from flowalign.config import ConfigError
 from flowalign.run_report import report_runs
@@ -45,6 +48,19 @@ def test_several_runs_share_charts_and_show_their_differences(tmp_path, capsys):
     text = (tmp_path / "both.html").read_text()
     assert "train.learning_rate: 0.0001 -&gt; 0.0003" in text
     assert "Signs of reward hacking in: a." in text
+
+
+def test_grids_over_time_are_spread_over_the_run_and_end_with_its_last(tmp_path):
+    run = make_run(tmp_path / "a")
+    for name in ("base", *(f"step_{step:06d}" for step in range(20, 161, 20))):
+        images.save_png(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), run / "samples" / f"{name}.png")
+    images.save_png(torch.rand(3, 900, 900, generator=torch.Generator().manual_seed(0)), run / "samples" / "step_000160.png")
+    text = report_runs([run]).read_text()
+    shown = re.findall(r'alt="(the base|after \d+ steps)"', text)
+    assert shown == ["the base", "after 40 steps", "after 60 steps", "after 100 steps", "after 120 steps", "after 160 steps"]
+    assert text.count("data:image/jpeg") == 1  # what is large is made smaller
+    assert "Over time" in text
+    assert "Over time" not in report_runs([make_run(tmp_path / "b")]).read_text()
 
 
 def test_folders_without_a_run_are_refused(tmp_path):

@@ -1,0 +1,99 @@
+"""The page of an evaluation: scores by kind with intervals, distributions, best and worst images with their verdicts, and the other model's beside them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowalign.env import hardware, versions
+from flowalign.evaluate.charts import Chart, Curve
+from flowalign.evaluate.records import MEASURES, Evaluation, Measure, value_of
+from flowalign.evaluate.report import Gallery, Picture, Report, Table, comparisons, headline, score_rows, write_report
+from flowalign.images import picture_bytes
+
+_FEW, _BINS = 6, 20
+
+
+def write_evaluation(
+    path: Path, tuned: Evaluation, base: Evaluation | None, *, names: tuple[str, str], notes: Sequence[str], settings: str
+) -> Path:
+    """Write the page of one model, or of two on the same prompts and noise.
+
+    Args:
+        path: The file.
+        tuned: The model, with its images.
+        base: What it is compared with, with its images; None for nothing.
+        names: What the two are called, the base's first.
+        notes: Verdicts, in words.
+        settings: The resolved settings, YAML.
+    """
+    both = [tuned, *([base] if base is not None else [])]
+    measures = [measure for measure in tuned.measures() if all(measure in found.measures() for found in both)]
+    first = measures[0]
+    compared = base is not None
+    report = Report(
+        title="flowalign evaluate",
+        subtitle=f"{names[1]} on {tuned.suite}, {len(tuned.records)} images, seed {tuned.seed}",
+        names=names,
+        headline=headline(base, tuned, name=f"{first.capitalize()} score", measure=first) if base is not None else None,
+        comparisons=comparisons(base, tuned) if base is not None and first in MEASURES else [],
+        scores=score_rows(base, tuned, measure=first) if base is not None else [],
+        galleries=extremes(tuned, first),
+        charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
+        tables=[_by_tag(tuned, measure) for measure in (measures if not compared else measures[1:])],
+        notes=notes,
+        command=shlex.join(["flowalign", *sys.argv[1:]]),
+        configuration=settings,
+        versions=versions(),
+        hardware=hardware(),
+    )
+    return write_report(path, report)
+
+
+def extremes(found: Evaluation, measure: Measure) -> list[Gallery]:
+    """Return the best and the worst images; of equal ones those that come first in the suite, one of each prompt."""
+    assert found.images is not None
+    # What is right or wrong has many equals; partial credit orders them.
+    by = "graded" if measure == "strict" and "graded" in found.measures() else measure
+    valued = [(value, row) for row, record in enumerate(found.records) if (value := value_of(record, by)) is not None]
+    galleries = []
+    for title, sign in (("Worst images", 1), ("Best images", -1)):
+        seen: dict[int, tuple[float, int]] = {}
+        for value, row in sorted(valued, key=lambda pair: (sign * pair[0], pair[1])):
+            seen.setdefault(found.records[row].id, (value, row))
+        pictures = []
+        for value, row in list(seen.values())[:_FEW]:
+            record = found.records[row]
+            clauses = [(name.replace("_", " "), holds) for name, holds in record.clauses.items()]
+            data = picture_bytes(found.images[row])
+            pictures.append(Picture(data=data, text=record.prompt, passed=record.strict, note=f"{by} {value:.3g}", clauses=clauses))
+        galleries.append(Gallery(title=title, lead=f"By {by}, at most one of each prompt; of equal ones the first.", pictures=pictures))
+    return galleries
+
+
+def _distribution(measure: Measure, both: Sequence[Evaluation], names: Sequence[str]) -> Chart:
+    values = [[value for record in found.records if (value := value_of(record, measure)) is not None] for found in both]
+    low, high = min(map(min, values)), max(map(max, values))
+    width = (high - low) / _BINS or 1.0
+    curves = []
+    for name, mine in zip(names, values, strict=False):
+        counts = [0] * _BINS
+        for value in mine:
+            counts[min(_BINS - 1, int((value - low) / width))] += 1
+        middles = [low + (place + 0.5) * width for place in range(_BINS)]
+        curves.append(Curve(name=name, x=middles, y=[count / len(mine) for count in counts]))
+    return Chart(
+        title=f"Distribution of {measure}", curves=curves, x_label=measure, caption=f"Share of the images in each of {_BINS} equal bins."
+    )
+
+
+def _by_tag(found: Evaluation, measure: Measure) -> Table:
+    scores = found.scores(measure)
+    rows = [
+        [tag.replace("_", " "), str(scores.num_prompts[tag]), str(scores.num_images[tag]), str(scores.per_tag[tag])]
+        for tag in scores.per_tag
+    ]
+    rows.append(["macro mean", str(sum(scores.num_prompts.values())), str(sum(scores.num_images.values())), str(scores.overall)])
+    return Table(title=measure.replace("_", " ").capitalize(), columns=("Kind", "Prompts", "Images", "Mean"), rows=rows)
