@@ -42,6 +42,7 @@ def write_evaluation(
         scores=score_rows(base, tuned, measure=first) if base is not None else [],
         galleries=extremes(tuned, first),
         charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
+        charts_title="Distributions",
         tables=[_by_tag(tuned, measure) for measure in (measures if not compared else measures[1:])],
         notes=notes,
         command=shlex.join(["flowalign", *sys.argv[1:]]),

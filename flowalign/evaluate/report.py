@@ -139,6 +139,7 @@ class Report:
         scores: The table of scores; the last row is the overall score.
         galleries: Further images: over time, best and worst.
         charts: Curves of the run.
+        charts_title: What stands over them.
         shares: Where the time went.
         tables: Drift and whatever else is tabular.
         command: The exact command.
@@ -156,6 +157,7 @@ class Report:
     scores: Sequence[ScoreRow] = ()
     galleries: Sequence[Gallery] = ()
     charts: Sequence[Chart] = ()
+    charts_title: str = "The run"
     shares: Sequence[Share] = ()
     tables: Sequence[Table] = ()
     command: str = ""

@@ -227,7 +227,7 @@ def test_a_run_is_evaluated_with_its_own_settings_and_paired_with_its_base(write
     assert result["settings"]["max_sequence_length"] == 16
     assert {"base", "tuned", "paired_difference"} <= result.keys()
     names = sorted(file.name for file in (tmp_path / "found").iterdir())
-    assert names == ["records.jsonl", "records_base.jsonl", "summary.json"]
+    assert names == ["records.jsonl", "records_base.jsonl", "report.html", "summary.json"]
     assert json.loads((tmp_path / "found" / "summary.json").read_text())["tuned"] == result["tuned"]
     assert "strict on shapes" in capsys.readouterr().out
 
