@@ -198,7 +198,7 @@ def write_svg(path: str | Path, chart: Chart) -> Path:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
+    environment.filters.update(titled=_titled, signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
     return environment.from_string(resources.files("flowalign.evaluate").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -309,6 +309,11 @@ def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:
         pictures = [{"uri": data_uri(picture_bytes(image)), "passed": bool(good)} for image, good in zip(images, passed, strict=True)]
         sides.append({"name": name, "kind": kind, "pictures": pictures, "num_passed": sum(bool(good) for good in passed)})
     return {"prompt": comparison.prompt, "sides": sides}
+
+
+def _titled(text: str) -> str:
+    """Begin with a capital; the rest may be a path, whose letters matter."""
+    return text[:1].upper() + text[1:]
 
 
 def _signed(value: float) -> str:
