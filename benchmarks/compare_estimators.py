@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flowalign.env import hardware, versions
+from flowalign.env import how_made
 from flowalign.evaluate.records import Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report
 from flowalign.evaluate.statistics import seed_spread
@@ -284,9 +283,7 @@ def main() -> None:
             subtitle=head,
             tables=tables,
             notes=notes,
-            command=shlex.join(["python", *sys.argv]),
-            versions=versions(),
-            hardware=hardware(),
+            **how_made("python", sys.argv[0]),
         ),
     )
     print(f"\nreport {written}")

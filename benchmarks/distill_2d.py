@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from mixture_students import HEALTH, SHARES, Settings, Study, mean_of
 
 from flowalign.core.divergences import names
-from flowalign.env import hardware, versions
+from flowalign.env import how_made, versions
 from flowalign.evaluate.charts import Chart, Curve
 from flowalign.evaluate.report import Report, Table, write_report
 from flowalign.evaluate.statistics import seed_interval
@@ -207,9 +206,7 @@ def write(options: argparse.Namespace, settings: Settings, results: Results, sec
         charts=charts(results, options.divergences, settings),
         tables=made,
         notes=notes,
-        command=shlex.join(["python", *sys.argv]),
-        versions=versions(),
-        hardware=hardware(),
+        **how_made("python", sys.argv[0]),
     )
     print(f"\n{head}\nreport {write_report(options.output / 'report.html', report)}")
 

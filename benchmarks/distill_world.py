@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from flowalign import config as configuring
 from flowalign import images as pictures
-from flowalign.env import hardware, versions
+from flowalign.env import how_made
 from flowalign.evaluate.distances import manifold
 from flowalign.evaluate.fidelity import RandomFeatures, features_of, kernel_distance, relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation
@@ -238,9 +237,7 @@ def _report(options: argparse.Namespace, teacher: dict[str, Any], results: dict[
         title="One-step students of the shapes world",
         subtitle=f"{suite().name}, seeds {options.seeds}",
         tables=tables,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        versions=versions(),
-        hardware=hardware(),
+        **how_made("python", sys.argv[0]),
     )
     print(f"report {write_report(options.output / 'report.html', report)}")
 

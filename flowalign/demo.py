@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import yaml
 from flowalign import config as configuration
 from flowalign import shapes
 from flowalign.config import ConfigError
-from flowalign.env import hardware, versions
+from flowalign.env import how_made, versions
 from flowalign.evaluate import drift
 from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.records import Evaluation, compare, table
@@ -29,6 +27,10 @@ from flowalign.run_config import RunConfig, load_config
 from flowalign.train.journal import read_log
 
 NUM_PROMPTS, IMAGES_PER_PROMPT = 150, 4
+NOTES = (
+    "Held-out prompts ask for meanings that neither pretraining nor this run has seen.",
+    "Intervals are 95 %, from a bootstrap over prompts within tags; they do not cover the spread between training seeds.",
+)
 _MOST_THREADS = 8  # beyond that the small networks only wait for each other
 
 
@@ -44,11 +46,7 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
         What ``summary.json`` holds.
     """
     began = time.monotonic()
-    begin(threads)
-    config = load_config("shapes_awm")
-    config = replace(config, seed=seed, output=output / "run")
-    suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
-    output.mkdir(parents=True, exist_ok=True)
+    config, suite = begin("shapes_awm", output, seed=seed, threads=threads)
     num_steps = config.pipeline.num_steps
     print(f"flowalign demo: AWM on the shipped StableDiffusion3Pipeline, seed {seed}, {torch.get_num_threads()} CPU threads")
     pipeline = config.pipeline.build(seed=seed)
@@ -61,14 +59,18 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     trained = time.monotonic()
     print("3/3  the tuned model on the same prompts and noise")
     tuned = score_model(pipeline, suite, num_steps=num_steps, seed=0, title="tuned", role=trainer.result)
-    moved = _drift(suite, base, tuned)
+    assert base.images is not None
+    moved = drift.suite_drift(suite, base.images, tuned)
     distance = velocity_distance(pipeline, list(dict.fromkeys(record.prompt for record in tuned.records))[:64], trainer.result)
     phases = {"evaluation": time.monotonic() - began - (trained - evaluated), "training": trained - evaluated}
     return _finish(output, config, base, tuned, moved, distance, phases, time.monotonic() - began)
 
 
-def begin(threads: int | None) -> None:
-    """Set the threads of a demo: all cores, at most 8, unless told.
+def begin(name: str, output: Path, *, seed: int, threads: int | None) -> tuple[RunConfig, ShapesSuite]:
+    """Set the threads of a demo (all cores, at most 8, unless told) and make its folder.
+
+    Returns:
+        The shipped configuration of that name, to be run in the folder, and what its models are scored on.
 
     Raises:
         ConfigError: If the shipped pipeline is missing.
@@ -76,6 +78,9 @@ def begin(threads: int | None) -> None:
     torch.set_num_threads(threads or min(_MOST_THREADS, os.cpu_count() or 1))
     if not (shapes.FOLDER / "model_index.json").is_file():
         raise ConfigError(f"{shapes.FOLDER}: the shipped pipeline is missing; reinstall flowalign")
+    output.mkdir(parents=True, exist_ok=True)
+    suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
+    return replace(load_config(name), seed=seed, output=output / "run"), suite
 
 
 def _distance_row(distance: float) -> list[str]:
@@ -86,13 +91,6 @@ def _distance_row(distance: float) -> list[str]:
         "",
         "Mean squared difference to the base's velocities on held-out prompts",
     ]
-
-
-def _drift(suite: ShapesSuite, base: Evaluation, tuned: Evaluation) -> drift.Drift:
-    assert base.images is not None
-    assert tuned.images is not None
-    ids = [record.id for record in base.records]
-    return drift.measure_drift(base.images, tuned.images, suite.reference(seed=1), suite.reference(seed=2), ids)
 
 
 def _finish(
@@ -159,12 +157,7 @@ def _report(
         charts=charts,
         shares=shares,
         tables=[Table(title="Drift and fidelity", columns=drift.COLUMNS, rows=[*moved.rows(), _distance_row(distance)])],
-        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
-        versions=versions(),
-        hardware=hardware(),
-        notes=[
-            "Held-out prompts ask for meanings that neither pretraining nor this run has seen.",
-            "Intervals are 95 %, from a bootstrap over prompts within tags; they do not cover the spread between training seeds.",
-        ],
+        **how_made(),
+        notes=NOTES,
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
+from typing import Any
 
 PACKAGES = (
     "flowalign-diffusion",
@@ -44,6 +47,11 @@ def hardware() -> dict[str, str]:
         "torch threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices) or "none (CPU)",
     }
+
+
+def how_made(*program: str) -> dict[str, Any]:
+    """Return what a report says of its making: the command after the program's name, versions and hardware."""
+    return {"command": shlex.join([*(program or ("flowalign",)), *sys.argv[1:]]), "versions": versions(), "hardware": hardware()}
 
 
 def table() -> str:

@@ -1,13 +1,11 @@
-"""The page of an evaluation: scores by kind with intervals, distributions, best and worst images with their verdicts, and the other model's beside them."""
+"""The page of an evaluation: scores by kind with intervals, distributions, and the best and worst images with their verdicts."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowalign.env import hardware, versions
+from flowalign.env import how_made
 from flowalign.evaluate.charts import Chart, Curve
 from flowalign.evaluate.records import MEASURES, Evaluation, Measure, value_of
 from flowalign.evaluate.report import Gallery, Picture, Report, Table, comparisons, headline, score_rows, write_report
@@ -29,26 +27,23 @@ def write_evaluation(
         notes: Verdicts, in words.
         settings: The resolved settings, YAML.
     """
-    both = [tuned, *([base] if base is not None else [])]
+    both = [tuned] if base is None else [tuned, base]
     measures = [measure for measure in tuned.measures() if all(measure in found.measures() for found in both)]
     first = measures[0]
-    compared = base is not None
     report = Report(
         title="flowalign evaluate",
         subtitle=f"{names[1]} on {tuned.suite}, {len(tuned.records)} images, seed {tuned.seed}",
         names=names,
-        headline=headline(base, tuned, name=f"{first.capitalize()} score", measure=first) if base is not None else None,
-        comparisons=comparisons(base, tuned) if base is not None and first in MEASURES else [],
-        scores=score_rows(base, tuned, measure=first) if base is not None else [],
+        headline=None if base is None else headline(base, tuned, name=f"{first.capitalize()} score", measure=first),
+        comparisons=[] if base is None or first not in MEASURES else comparisons(base, tuned),
+        scores=[] if base is None else score_rows(base, tuned, measure=first),
         galleries=extremes(tuned, first),
         charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
         charts_title="Distributions",
-        tables=[_by_tag(tuned, measure) for measure in (measures if not compared else measures[1:])],
+        tables=[_by_tag(tuned, measure) for measure in (measures if base is None else measures[1:])],
         notes=notes,
-        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=settings,
-        versions=versions(),
-        hardware=hardware(),
+        **how_made(),
     )
     return write_report(path, report)
 

@@ -85,13 +85,18 @@ def png_bytes(image: Tensor | Image.Image) -> bytes:
 
 
 def picture_bytes(image: Tensor) -> bytes:
-    """Return one image ``[3, h, w]`` for a page: the bytes of a PNG where it is small, else of a JPEG of at most 512 pixels."""
+    """Return one image ``[3, h, w]`` for a page: the bytes of a PNG where it is small, else of a JPEG at most 512 pixels wide."""
     if max(image.shape[1:]) <= _SMALL:
         return png_bytes(image)
-    picture = to_pil(image)
-    picture.thumbnail((_PAGE, _PAGE))
+    return jpeg_bytes(to_pil(image), _PAGE)
+
+
+def jpeg_bytes(picture: Image.Image, most: int) -> bytes:
+    """Return a picture as the bytes of a JPEG file, at most so many pixels wide."""
+    small = picture.convert("RGB")
+    small.thumbnail((most, small.height))
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=88)
+    small.save(buffer, format="JPEG", quality=88)
     return buffer.getvalue()
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,16 @@ import yaml
 
 from flowalign import config as configuration
 from flowalign import images
-from flowalign.demo import IMAGES_PER_PROMPT, NUM_PROMPTS, begin
-from flowalign.env import hardware, versions
+from flowalign.demo import NOTES, begin
+from flowalign.env import how_made, versions
 from flowalign.evaluate.charts import Chart, curve_from_log
-from flowalign.evaluate.drift import COLUMNS, measure_drift
+from flowalign.evaluate.drift import COLUMNS, suite_drift
 from flowalign.evaluate.records import Evaluation, compare
 from flowalign.evaluate.report import Report, Share, Table, comparisons, headline, score_rows, write_report
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
 from flowalign.run import run_training
-from flowalign.run_config import RunConfig, load_config
+from flowalign.run_config import RunConfig
 from flowalign.train.journal import read_log
 
 TEACHER_STEPS = (1, 2, 4, 8, 20)
@@ -42,18 +39,14 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
         What ``summary.json`` holds.
     """
     began = time.monotonic()
-    begin(threads)
-    config = load_config("shapes_f_distill")
-    config = replace(config, seed=seed, output=output / "run")
-    suite = ShapesSuite(split="heldout", num_prompts=NUM_PROMPTS, images_per_prompt=IMAGES_PER_PROMPT)
-    output.mkdir(parents=True, exist_ok=True)
+    config, suite = begin("shapes_f_distill", output, seed=seed, threads=threads)
     print(f"flowalign demo: f-distill of the shipped StableDiffusion3Pipeline into one step, seed {seed}")
     pipeline = config.pipeline.build(seed=seed)
-    print(f"1/3  the teacher on {NUM_PROMPTS} held-out prompts, {IMAGES_PER_PROMPT} images each")
+    print(f"1/3  the teacher on {suite.num_prompts} held-out prompts, {suite.images_per_prompt} images each")
     teacher = {}
     for num in TEACHER_STEPS:
-        teacher[num] = score_model(pipeline, suite, num_steps=num, seed=0, title=f"teacher, {num} steps")
-        print(f"     {num:2d} steps: strict {teacher[num].scores().overall}")
+        teacher[num] = score_model(pipeline, suite, num_steps=num, seed=0, title=f"teacher, {_steps(num)}")
+        print(f"     {_steps(num):>8}: strict {teacher[num].scores().overall}")
     print(f"2/3  {config.steps} training steps on other prompts; the first makes {config.algorithm.num_pairs} samples of the teacher")
     evaluated = time.monotonic()
     trainer = run_training(config, pipeline=pipeline)
@@ -68,19 +61,19 @@ def _finish(
     output: Path, config: RunConfig, suite: ShapesSuite, teacher: Mapping[int, Evaluation], student: Evaluation, phases: Mapping[str, float]
 ) -> dict[str, Any]:
     """Write records, pictures, report and summary, and say the result."""
-    usual, most = teacher[config.pipeline.num_steps], teacher[max(teacher)]
+    usual = teacher[config.pipeline.num_steps]
     shares = {num: student.scores().overall.mean / teacher[num].scores().overall.mean for num in (config.pipeline.num_steps, max(teacher))}
-    for name, found in (("records_teacher", most), ("records_student", student)):
-        found.write(output / f"{name}.jsonl")
+    usual.write(output / "records_base.jsonl")
+    student.write(output / "records_one_step.jsonl")
     assert student.images is not None
     assert usual.images is not None
-    images.save_png(images.grid(student.images[: 8 * IMAGES_PER_PROMPT], 8, scale=3), output / "one_step.png")
-    differences = compare(usual, student)
+    images.save_png(images.grid(student.images[: 8 * suite.images_per_prompt], 8, scale=3), output / "one_step.png")
+    differences, scored = compare(usual, student), student.summary()
     summary = {
         # The names of `flowalign demo`: what was trained is the student.
         "base": usual.summary(),
-        "tuned": student.summary(),
-        "one_step": student.summary(),
+        "tuned": scored,
+        "one_step": scored,
         "paired_difference": {measure: found.as_dict() for measure, found in differences.items()},
         "teacher_by_steps": {str(num): found.scores().overall.as_dict() for num, found in teacher.items()},
         "share_of_teacher": {str(num): share for num, share in shares.items()},
@@ -89,9 +82,7 @@ def _finish(
         "versions": versions(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    moved = measure_drift(
-        usual.images, student.images, suite.reference(seed=1), suite.reference(seed=2), [record.id for record in student.records]
-    )
+    moved = suite_drift(suite, usual.images, student)
     log = read_log(config.output / "log.jsonl")
     told = " and ".join(f"{share:.0%} of the strict score that the teacher has in {num} steps" for num, share in shares.items())
     report = Report(
@@ -104,15 +95,9 @@ def _finish(
         charts=_charts(log),
         shares=[Share(name=name, seconds=seconds) for name, seconds in phases.items()],
         tables=[_steps_table(teacher, student), Table(title="Drift and fidelity", columns=COLUMNS, rows=moved.rows())],
-        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
-        versions=versions(),
-        hardware=hardware(),
-        notes=[
-            "Held-out prompts ask for meanings that neither pretraining nor this run has seen.",
-            "Intervals are 95 %, from a bootstrap over prompts within tags; they do not cover the spread between training seeds.",
-            "In the table of drift, base and tuned are teacher and student.",
-        ],
+        **how_made(),
+        notes=[*NOTES, "In the table of drift, base and tuned are teacher and student."],
     )
     path = write_report(output / "report.html", report)
     print(f"\nstudent, 1 step: strict {student.scores().overall}, {told}")
@@ -124,12 +109,13 @@ def _finish(
 def _steps_table(teacher: Mapping[int, Evaluation], student: Evaluation) -> Table:
     rows = [
         [name, str(found.scores().overall), str(found.scores("graded").overall)]
-        for name, found in [
-            *((f"teacher, {num} {'steps' if num > 1 else 'step'}", found) for num, found in teacher.items()),
-            ("student, 1 step", student),
-        ]
+        for name, found in [*((f"teacher, {_steps(num)}", found) for num, found in teacher.items()), ("student, 1 step", student)]
     ]
     return Table(title="By number of steps", columns=("Model", "Strict", "Graded"), rows=rows)
+
+
+def _steps(num: int) -> str:
+    return f"{num} steps" if num > 1 else "1 step"
 
 
 def _charts(log: list[dict[str, Any]]) -> list[Chart]:

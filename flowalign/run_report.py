@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from PIL import Image
 from flowalign import config as configuration
 from flowalign import snapshots
 from flowalign.config import ConfigError
-from flowalign.env import hardware, versions
+from flowalign.env import how_made
 from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, write_report
+from flowalign.images import jpeg_bytes
 from flowalign.train.journal import read_log
 
 Log = list[dict[str, Any]]
@@ -51,10 +49,8 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
         charts=[_chart(part, flat) for part in parts],
         shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
         tables=_tables(logs, settings),
-        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(next(iter(settings.values())), sort_keys=False),
-        versions=versions(),
-        hardware=hardware(),
+        **how_made(),
         notes=_notes(logs),
     )
     return write_report(output or runs[0] / "report.html", report)
@@ -76,13 +72,11 @@ def _over_time(run: Path, name: str) -> list[Gallery]:
     num = min(_GRIDS, len(found))
     chosen = [found[round((place + 1) * len(found) / num) - 1] for place in range(num)]
     files = [*([("the base", base)] if base.is_file() else []), *((f"after {int(path.stem[5:])} steps", path) for path in chosen)]
+    if not files:
+        return []
     pictures = [Picture(data=_small(path), text=text) for text, path in files]
     title = "Over time" + (f": {name}" if name else "")
-    return (
-        [Gallery(title=title, lead="The same prompts from the same noise; click to enlarge.", pictures=pictures, wide=True)]
-        if pictures
-        else []
-    )
+    return [Gallery(title=title, lead="The same prompts from the same noise; click to enlarge.", pictures=pictures, wide=True)]
 
 
 _GRIDS, _WIDTH, _BYTES = 5, 1024, 2**18
@@ -93,11 +87,8 @@ def _small(path: Path) -> bytes:
     data = path.read_bytes()
     if len(data) <= _BYTES:
         return data
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.thumbnail((_WIDTH, 4 * _WIDTH))
-        out = io.BytesIO()
-        picture.convert("RGB").save(out, "JPEG", quality=88)
-    return out.getvalue()
+    with Image.open(path) as picture:
+        return jpeg_bytes(picture, _WIDTH)
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, float]:
@@ -124,7 +115,7 @@ def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) 
     tables = [Table(title="Rewards on training prompts", columns=columns, rows=rows, caption="Means over steps of raw values.")]
     told = [[name, str(line["step"] + 1), text] for name, log in logs.items() for line, text in _first_alarms(log)]
     if told:
-        tables.append(Table(title="Alarms", columns=("Run", "Step", "Sign of reward hacking"), rows=told))
+        tables.append(Table(title="Alarms", columns=("Run", "Step", "What was seen"), rows=told))
     if len(settings) > 1:
         first = next(iter(settings))
         changed = [[name, text] for name in list(settings)[1:] for text in configuration.differences(settings[first], settings[name])]
@@ -149,4 +140,4 @@ def _first_alarms(log: Log) -> list[tuple[dict[str, Any], str]]:
 def _notes(logs: Mapping[str, Log]) -> list[str]:
     notes = ["Rewards and monitors are of training prompts and of the noisy policy; flowalign evaluate gives scores with intervals."]
     alarmed = [name for name, log in logs.items() if any("alarm" in line for line in log)]
-    return [*notes, f"Signs of reward hacking in: {', '.join(alarmed)}."] if alarmed else notes
+    return [*notes, f"Alarms in: {', '.join(alarmed)}."] if alarmed else notes

@@ -20,7 +20,7 @@ from flowalign.benchmark.spec import Cell
 from flowalign.core.algorithm import REFERENCE, NeverReady
 from flowalign.env import hardware, versions
 from flowalign.evaluate.distances import manifold
-from flowalign.evaluate.drift import measure_drift
+from flowalign.evaluate.drift import suite_drift
 from flowalign.evaluate.fidelity import RandomFeatures, features_of, relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation, read_evaluation
 from flowalign.evaluate.suites import ShapesSuite, Suite
@@ -83,7 +83,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     weights = [entry.weight for entry in config.rewards]
     reward: float | None = None
     milestones: list[dict[str, Any]] = []
-    base = load_file(folder.parent.parent / "base" / cell.reference / IMAGES)["images"] if cell.milestones else torch.empty(0)
+    base = load_file(_base_of(folder, cell) / IMAGES)["images"] if cell.milestones else torch.empty(0)
     num_steps = student_steps(config) or trainer.pipeline.num_steps
     step, cost, images, failed = 0, 0.0, 0, ""
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log, meter.attached():
@@ -151,9 +151,13 @@ def _weighted(weights: Sequence[float], values: Iterable[float]) -> float:
 
 def _untrained(folder: Path, cell: Cell, base: torch.Tensor, chosen: Suite) -> dict[str, Any]:
     """Return what a run that failed before it was measured counts with: the base's own scores."""
-    found = replace(read_evaluation(folder.parent.parent / "base" / cell.reference / "records.jsonl"), images=base)
+    found = replace(read_evaluation(_base_of(folder, cell) / "records.jsonl"), images=base)
     found.write(folder / "records.jsonl")
     return {**_scores(cell, found), "velocity_distance": 0.0, **_compare_images(base, found, chosen)}
+
+
+def _base_of(folder: Path, cell: Cell) -> Path:
+    return folder.parent.parent / "base" / cell.reference
 
 
 def _scores(cell: Cell, found: Evaluation) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _compare_images(base: torch.Tensor, tuned: Evaluation, chosen: Suite) -> dic
     assert tuned.images is not None
     ids = [record.id for record in tuned.records]
     if isinstance(chosen, ShapesSuite):
-        moved = measure_drift(base, tuned.images, chosen.reference(seed=1), chosen.reference(seed=2), ids)
+        moved = suite_drift(chosen, base, tuned)
         return {"diversity": moved.feature_diversity.mean, "kernel_distance": moved.distance_tuned.mean}
     # Other suites have no real images of their prompts: what is kept of the base's images is measured instead.
     found = {"diversity": relative_diversity(within_prompt_distance(base, ids), within_prompt_distance(tuned.images, ids)).mean}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import yaml
 from flowalign import config as configuration
 from flowalign.benchmark.spec import PREVIOUS, BenchmarkConfig, Cell
 from flowalign.benchmark.store import folder_of, read_result
-from flowalign.env import hardware, versions
+from flowalign.env import hardware, how_made, versions
 from flowalign.evaluate.charts import Chart, Curve
 from flowalign.evaluate.records import MEASURES, Evaluation, compare_runs, read_evaluation
 from flowalign.evaluate.report import Report, Table, write_report, write_svg
@@ -88,10 +86,8 @@ def write_benchmark(
         charts=_charts(config, by_method),
         tables=tables,
         notes=notes,
-        command=shlex.join(["flowalign", *sys.argv[1:]]),
         configuration=yaml.safe_dump(configuration.encode(config), sort_keys=False),
-        versions=versions(),
-        hardware=hardware(),
+        **how_made(),
     )
     for name, chart in zip(("compute.svg", "drift.svg"), report.charts, strict=True):
         write_svg(config.output / name, chart)

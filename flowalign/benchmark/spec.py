@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flowalign import config as configuration
 from flowalign.config import ConfigError
-from flowalign.evaluate.suites import Suite, names, suite
+from flowalign.evaluate.suites import Suite, check_name, suite
 from flowalign.run_config import load_config
 from flowalign.suite_options import given_options, suite_options
 
@@ -99,9 +99,10 @@ class SuiteConfig:
         Raises:
             ConfigError: If it cannot be meant.
         """
-        if self.name not in names():
-            near = difflib.get_close_matches(self.name, names(), n=1, cutoff=0)[0]
-            raise ConfigError(f"suite.name: got {self.name!r}, did you mean {near!r}? (known: {', '.join(names())})")
+        try:
+            check_name(self.name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         given_options(self.name, self.options(), "suite.")
         if self.name == "prompts" and self.measure is None:
             raise ConfigError("suite.measure: is needed by suite prompts: the name of the reward that methods are compared by")
@@ -301,10 +302,16 @@ def _contents(path: Path) -> Any:
     if not path.is_file():
         return None  # a name
     about = path.stat()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if about.st_size < _SMALL else [about.st_size, about.st_mtime_ns]
+    return _hash(path, about.st_size, about.st_mtime_ns) if about.st_size < _SMALL else [about.st_size, about.st_mtime_ns]
 
 
 _SMALL = 2**26
+
+
+@functools.cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """Hash a file once for every cell that asks; size and time tell that it is still the same."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:

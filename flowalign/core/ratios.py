@@ -40,7 +40,7 @@ class RatioWeights:
         upper: Ratios above are taken for this one.
         num_bins: Bins of noise levels that are calibrated apart; 0 leaves ratios as they are.
         decay: Of the bins' running means; 0 takes each batch by itself.
-        strength: Power of the weight, from 0 (DMD2) to 1 (f-distill); a power, because weights multiply.
+        strength: Power of the weight, from 0 (DMD2) to 1 (f-distill).
 
     Raises:
         ValueError: If a number cannot be meant or the divergence is unknown.
@@ -164,8 +164,12 @@ def effective_sample_size(weight: Float[Tensor, " batch"], *, reduce: Reduce = i
 
 def is_calibrated(calibration: Float[Tensor, "2 bins"], *, factor: float = 2.0) -> bool:
     """Tell whether every bin has been seen and its mean ratio lies within a factor of 1: before that, critics are trained alone."""
+    return bool(_within(calibration, factor).all())
+
+
+def _within(calibration: Tensor, factor: float = 2.0) -> Tensor:
     mean, known = calibration
-    return bool(((known > 0) & (mean >= 1 / factor) & (mean <= factor)).all())
+    return (known > 0) & (mean >= 1 / factor) & (mean <= factor)
 
 
 def density_weights(
@@ -221,7 +225,7 @@ def density_weights(
         "weight_max": highest,
         "effective_share": effective_sample_size(h, reduce=reduce) / size,
         "clipped": num_outside / size,
-        "calibrated": float(((calibration[1] > 0) & (means >= 0.5) & (means <= 2)).double().mean()) if len(means) else 1.0,
+        "calibrated": float(_within(calibration).double().mean()) if len(means) else 1.0,
     }
     return Weighted(weight=h / mean, calibration=calibration, stats=stats)
 

@@ -18,7 +18,9 @@ from flowalign.evaluate.fidelity import (
     within_prompt_distance,
     within_prompt_vendi,
 )
+from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.scores import Interval
+from flowalign.evaluate.suites import ShapesSuite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,13 @@ class Drift:
             values = [asdict(p)[field] for p in (self.pixels_base, self.pixels_tuned, self.pixels_reference)]
             rows.append([name, *(f"{value:.3f}" for value in values), "near the real images"])
         return rows
+
+
+def suite_drift(suite: ShapesSuite, base: Tensor, tuned: Evaluation) -> Drift:
+    """Measure the drift of an evaluation from the base's images, against fresh real images of the suite's prompts."""
+    assert tuned.images is not None
+    ids = [record.id for record in tuned.records]
+    return measure_drift(base, tuned.images, suite.reference(seed=1), suite.reference(seed=2), ids)
 
 
 COLUMNS = ("Measure", "Base", "Tuned", "Real images", "How to read it")

@@ -1,4 +1,4 @@
-"""Signs of reward hacking while a run trains: what its images look like, how alike they are, and whether held-out rewards follow."""
+"""Signs of reward hacking, or of a student that falls apart, while a run trains: what its images look like, how alike they are, and what scores do."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def summarise(rows: Tensor, group: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """A sign of reward hacking: which monitor, at which step, and what it says."""
+    """A sign that something goes wrong: which monitor, at which step, and what it says."""
 
     monitor: str
     step: int

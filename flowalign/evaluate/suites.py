@@ -137,6 +137,7 @@ def suite(name: str, **options: Any) -> Suite:
     Raises:
         ValueError: If there is no such suite; the message says the nearest name.
     """
+    check_name(name)
     # Imported here: these two stand on this module.
     if name == "shapes":
         return ShapesSuite(**options)
@@ -144,12 +145,20 @@ def suite(name: str, **options: Any) -> Suite:
         from flowalign.evaluate.geneval_suite import GenEvalSuite
 
         return GenEvalSuite(**options)
-    if name == "prompts":
-        from flowalign.evaluate.prompt_suite import PromptSuite
+    from flowalign.evaluate.prompt_suite import PromptSuite
 
-        return PromptSuite(**options)
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
-    raise ValueError(f"suite: got {name!r}, did you mean {near!r}? (known: {', '.join(names())})")
+    return PromptSuite(**options)
+
+
+def check_name(name: str) -> None:
+    """Refuse a suite that there is not.
+
+    Raises:
+        ValueError: Says the nearest name.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
+        raise ValueError(f"suite: got {name!r}, did you mean {near!r}? (known: {', '.join(names())})")
 
 
 def prompt_id(metadata: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, Rows, Update, Velocity
+from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, NeverReady, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Alarmed(ValueError):
-    """The run stopped at a sign of reward hacking; its state is saved."""
+    """The run stopped at an alarm; its state is saved."""
 
 
 @dataclass(kw_only=True)
@@ -178,9 +178,8 @@ class Trainer:
             self._check_outputs(parts, update.step)
             parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._reduce)
         # All players' gradients before any moves: a loss that is not finite leaves everybody where he was.
-        once = dict.fromkeys(turns)
-        ready = [(name, self._gradient(name, parts, velocity, experience.keep, update)) for name in once]
-        for name, means in ready:
+        found = {name: self._gradient(name, parts, velocity, experience.keep, update) for name in dict.fromkeys(turns)}
+        for name, means in found.items():
             logged |= self._move(name, means, update)
         # Of a head's several turns the first is told: it is of samples that it had not learnt from.
         for name, number in Counter(turns).items():
@@ -409,7 +408,7 @@ class Trainer:
         Raises:
             Interrupted: If asked to stop (Ctrl-C or SIGTERM); the finished steps are saved, and the same call goes on.
             FloatingPointError: If a loss or gradient is not finite.
-            Alarmed: At a sign of reward hacking, where the configuration says so; the finished steps are saved.
+            Alarmed: At an alarm, where the configuration says so; the finished steps are saved.
         """
         main = self.accelerator.is_main_process
         found = checkpoint.load_newest(self.folder / "checkpoints")
@@ -450,19 +449,25 @@ class Trainer:
                         )
                     if stopping:
                         raise Interrupted(f"stopped after step {step + 1} of {steps}; the state is saved, the same command goes on")
-            if not self.may_move and isinstance(self.algorithm, Distillation) and steps > self.algorithm.config.warmup_steps:
-                raise ValueError(
-                    f"the student never moved after its warm-up in {steps} steps: its critics learnt alone (algorithm.least_steps, and with f_distill until "
-                    "ratio/calibrated is 1); the state is saved, more --steps go on"
-                )
-            if not self.may_move and isinstance(self.algorithm, HasHeads):
-                raise ValueError(
-                    f"the policy never moved in {steps} steps: {', '.join(self.heads)} had not shown that it explains rewards (see explained in "
-                    "log.jsonl); the state is saved, more --steps go on"
-                )
+            self._check_moved(steps)
         finally:
             if journal is not None:
                 journal.close()
+
+    def _check_moved(self, steps: int) -> None:
+        """Refuse to end a run in which critics never let anything move: its weights are those that it began with."""
+        if self.may_move:
+            return
+        if not isinstance(self.algorithm, Distillation):
+            what = f"the policy never moved in {steps} steps: {', '.join(self.heads)} had not shown that it explains rewards (see explained in log.jsonl)"
+        elif steps > self.algorithm.config.warmup_steps:
+            what = (
+                f"the student never moved after its warm-up in {steps} steps: its critics learnt alone (algorithm.least_steps, and with f_distill until "
+                "ratio/calibrated is 1)"
+            )
+        else:
+            return
+        raise NeverReady(f"{what}; the state is saved, more --steps go on")
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -31,7 +31,7 @@ class TrainConfig:
         keep_checkpoints: How many stay.
         keep_best_by: Name of a reward or metric, best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
             five steps is kept, and written to ``best_weights`` at the end; null for none.
-        stop_on_alarm: Stop, with the state saved, at the first sign of reward hacking.
+        stop_on_alarm: Stop, with the state saved, at the first alarm: a sign of reward hacking, or of a student that falls apart.
         sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
     """

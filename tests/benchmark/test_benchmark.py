@@ -98,7 +98,7 @@ def in_process(monkeypatch):
         ({"search": {"grid": {"train.learning_rate": [1e-3, 1e-4]}, "seed": 1}}, "a search on them would favour"),
         ({"search": {"grid": {"train.learning_rate": [1e-3, -1.0]}}}, "methods.awm: .*learning_rate: got -1"),
         ({"sede": [1]}, "did you mean 'seeds'"),
-        ({"suite": {"name": "shpes"}}, "suite.name: got 'shpes', did you mean 'shapes'"),
+        ({"suite": {"name": "shpes"}}, "suite: got 'shpes', did you mean 'shapes'"),
         ({"suite": {"detector": "x"}}, "suite.detector: is an option of suite geneval, not of 'shapes'"),
         ({"suite": {"name": "prompts", "prompts": "p.txt"}}, "suite.reward: is needed by suite prompts"),
         ({"suite": {"name": "prompts", "prompts": "p.txt", "reward": ["jpeg_size"]}}, "suite.measure: is needed by suite prompts"),

@@ -33,7 +33,7 @@ def test_one_run_shows_curves_monitors_alarms_and_where_the_time_went(tmp_path):
         "Held out: shapes",
         "images grow alike: 0.2 -&gt; 10",
         "rollout",
-        "Signs of reward",
+        "Alarms in: a.",
     ):
         assert wanted in text
     assert text.count("images grow alike") == 1  # where it was first raised
@@ -47,7 +47,7 @@ def test_several_runs_share_charts_and_show_their_differences(tmp_path, capsys):
     assert "both.html" in capsys.readouterr().out
     text = (tmp_path / "both.html").read_text()
     assert "train.learning_rate: 0.0001 -&gt; 0.0003" in text
-    assert "Signs of reward hacking in: a." in text
+    assert "Alarms in: a." in text
 
 
 def test_grids_over_time_are_spread_over_the_run_and_end_with_its_last(tmp_path):

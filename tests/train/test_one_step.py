@@ -5,7 +5,7 @@ import json
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from flowalign import one_step
+from flowalign import demo, one_step
 from flowalign.run_config import load_config
 
 SMALL = {
@@ -22,9 +22,9 @@ SMALL = {
 
 def test_the_demo_of_distillation_leaves_a_report_and_a_pipeline_of_one_step(tmp_path, monkeypatch, capsys):
     words = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
-    monkeypatch.setattr(one_step, "load_config", lambda name: load_config(name, words))
-    monkeypatch.setattr(one_step, "NUM_PROMPTS", 12)
-    monkeypatch.setattr(one_step, "IMAGES_PER_PROMPT", 2)
+    monkeypatch.setattr(demo, "load_config", lambda name: load_config(name, words))
+    monkeypatch.setattr(demo, "NUM_PROMPTS", 12)
+    monkeypatch.setattr(demo, "IMAGES_PER_PROMPT", 2)
     monkeypatch.setattr(one_step, "TEACHER_STEPS", (1, 8))
     summary = one_step.demo(tmp_path, seed=1, threads=1)
     assert set(summary["teacher_by_steps"]) == {"1", "8"}
