@@ -1,7 +1,7 @@
 """One step on the shapes world: divergences, what matching adds to the warm-up, and the teacher at several numbers of steps.
 
 Every student is `shapes_f_distill` with another divergence and seed. Students of a seed share their warm-up, which is a run of its own and is measured too: what they differ by is what matching made of it. The
-control "more pairs" spends as many evaluations as the others on the teacher's samples and the warm-up alone, in the same proportion as the warm-up does. All are scored on held-out prompts: strict and graded score, and measures that know nothing of the
+control "more pairs" spends as many evaluations as the others on the teacher's samples and the warm-up alone, in the same proportion as the warm-up does. The teacher is guided as it teaches (`algorithm.guidance_scale`). All are scored on held-out prompts: strict and graded score, and measures that know nothing of the
 verifier, in features of a fixed random network: kernel distance to real images, coverage of the teacher's images, and diversity within a prompt over the teacher's. Finished runs
 are kept, so that the command goes on where it was stopped.
 
@@ -35,13 +35,14 @@ from flowalign.evaluate.statistics import seed_interval
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.run import run_training
+from flowalign.run import run_training, teacher_of
 from flowalign.run_config import RunConfig, claim_folder, load_config
 from flowalign.train.journal import read_log, write_atomically
 
 DIVERGENCES = ("reverse_kl", "jensen_shannon", "forward_kl")
 WARM, PAIRS = "warm-up", "more pairs"
 TEACHER_STEPS = (1, 2, 4, 10, 20)
+WITHOUT = f"without guidance, {max(TEACHER_STEPS)} steps"
 MEASURES = {
     "strict": "strict",
     "graded": "graded",
@@ -73,33 +74,36 @@ def measures(found: Evaluation, real: Tensor, teacher: Tensor | None) -> dict[st
     return values
 
 
-def teacher_of(output: Path, threads: int, extra: Sequence[str]) -> dict[str, Any]:
-    """Score the teacher once, at several numbers of steps, and keep its images of the most; another model's scores are refused."""
+def scores_of_teacher(output: Path, threads: int, extra: Sequence[str]) -> dict[str, Any]:
+    """Score the teacher once, guided as it teaches, at several numbers of steps, and keep its images of the most; another model's scores are refused."""
     path, kept = output / "teacher.json", output / "teacher_images.safetensors"
-    settings = configuring.encode(load_config("shapes_f_distill", list(extra)).pipeline)
+    config = load_config("shapes_f_distill", list(extra))
+    settings = configuring.encode(config.pipeline) | {"guidance_scale": config.algorithm.guidance_scale}
     if not path.is_file():
         from safetensors.torch import save_file
 
         torch.set_num_threads(threads)
-        pipeline: FlowPipeline = load_config("shapes_f_distill", list(extra)).pipeline.build()
+        plain: FlowPipeline = config.pipeline.build()
+        guided = teacher_of(config, plain) or plain
         real = suite().reference(seed=1)
         # Noise of its own: coverage by samples of the same noise would be too kind to a student that learnt pairs.
-        reference = score_model(pipeline, suite(), num_steps=max(TEACHER_STEPS), seed=1000, title="teacher, other noise")
+        reference = score_model(guided, suite(), num_steps=max(TEACHER_STEPS), seed=1000, title="teacher, other noise")
         assert reference.images is not None
+        wanted = [(f"teacher, {steps} steps", guided, steps) for steps in TEACHER_STEPS]
+        if guided is not plain:
+            wanted.append((WITHOUT, plain, max(TEACHER_STEPS)))
         table = {
-            steps: measures(
-                score_model(pipeline, suite(), num_steps=steps, seed=0, title=f"teacher, {steps} steps"), real, reference.images
-            )
-            for steps in TEACHER_STEPS
+            title: {"steps": steps, **measures(score_model(model, suite(), num_steps=steps, seed=0, title=title), real, reference.images)}
+            for title, model, steps in wanted
         }
         output.mkdir(parents=True, exist_ok=True)
         save_file({"images": reference.images.contiguous()}, kept)
-        write_atomically(path, json.dumps({"pipeline": settings, "by_steps": table}, indent=2) + "\n")
+        write_atomically(path, json.dumps({"pipeline": settings, "scores": table}, indent=2) + "\n")
     found: dict[str, Any] = json.loads(path.read_text())
     changed = configuring.differences(found["pipeline"], settings)
     if changed:
         raise SystemExit(f"{output}: holds a study of another teacher ({'; '.join(changed)}); choose another --output")
-    scores: dict[str, Any] = found["by_steps"]
+    scores: dict[str, Any] = found["scores"]
     return scores
 
 
@@ -167,7 +171,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each job")
     options, extra = parser.parse_known_args()
-    teacher = teacher_of(options.output, options.threads * options.jobs, extra)
+    teacher = scores_of_teacher(options.output, options.threads * options.jobs, extra)
     _run(options, [(WARM, seed, None) for seed in options.seeds], extra)
     _run(options, [(name, seed, None) for seed in options.seeds for name in DIVERGENCES], extra)
     # The control gets the evaluations that the others took, on average.
@@ -193,11 +197,11 @@ def _result(output: Path, name: str, seed: int) -> dict[str, float]:
 
 
 def _report(options: argparse.Namespace, teacher: dict[str, Any], results: dict[str, list[dict[str, float]]]) -> None:
-    best = teacher[str(max(TEACHER_STEPS))]["strict"]
+    best = teacher[f"teacher, {max(TEACHER_STEPS)} steps"]["strict"]
     columns = ("model", "steps", "share of the teacher", *MEASURES.values(), "evaluations")
     rows = [
-        ["teacher", steps, f"{values['strict'] / best:.0%}", *(f"{values[key]:.3f}" for key in MEASURES), ""]
-        for steps, values in teacher.items()
+        [name, values["steps"], f"{values['strict'] / best:.0%}", *(f"{values[key]:.3f}" for key in MEASURES), ""]
+        for name, values in teacher.items()
     ]
     for name, runs in results.items():
         spans = [str(seed_interval([run[key] for run in runs])) for key in MEASURES]

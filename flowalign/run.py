@@ -57,7 +57,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         )
     return Trainer(
         pipeline=built,
-        teacher=_teacher(config, built) if distils else None,
+        teacher=teacher_of(config, built) if distils else None,
         algorithm=config.algorithm.build(),
         estimator=estimator,
         rewards=rewards,
@@ -70,8 +70,12 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     )
 
 
-def _teacher(config: RunConfig, student: FlowPipeline) -> FlowPipeline | None:
-    """Return the pipeline with the teacher's guidance; None where it has none of its own."""
+def teacher_of(config: RunConfig, student: FlowPipeline) -> FlowPipeline | None:
+    """Return the student's pipeline with the teacher's guidance, on the same networks; None where it has none of its own.
+
+    Raises:
+        ConfigError: If the student is guided itself, or the pipeline makes no second pass.
+    """
     if student.family.guidance_scale > 1:
         raise ConfigError(
             f"pipeline.guidance_scale: got {student.family.guidance_scale}, but a student of few steps is not guided; set it to no guidance, and "

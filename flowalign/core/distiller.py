@@ -13,7 +13,7 @@ from flowalign.core.adversarial import approximate_r1, discriminator_loss, gener
 from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Velocity, sample_number
 from flowalign.core.decays import Decay, constant
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, Settings, State
-from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, push, regress
+from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, pseudo_huber, push, regress
 from flowalign.core.matching import uniform_rows
 from flowalign.core.paths import interpolate, velocity_to_x0
 from flowalign.core.plans import Plan, ode
@@ -75,9 +75,11 @@ class Distiller:
         return (CURRENT,) if ready else ()
 
     def learning_rate(self, update: Update, usual: float) -> float:
-        """The warm-up's own, where it has one."""
+        """In a warm-up its own, where it has one, falling linearly to the usual one: what a large rate leaves unsettled costs more than it gained."""
         own: float | None = self.config.warmup_learning_rate
-        return usual if own is None or not self._is_warmup(update) else own
+        if own is None or not self._is_warmup(update):
+            return usual
+        return own + (usual - own) * update.key(self.num_updates) / (self.config.warmup_steps * self.num_updates)
 
     def start(self) -> State:
         """Nothing is remembered."""
@@ -189,8 +191,8 @@ class Distiller:
         if player == DISCRIMINATOR:
             return self._discriminator_loss(rows, velocity)
         if "target" in rows.columns:
-            value = regress(self.generate(rows, velocity), rows["target"])
-            return Loss(value=value, metrics={"pair_error": value.detach()})
+            made = self.generate(rows, velocity)
+            return Loss(value=pseudo_huber(made, rows["target"]), metrics={"pair_error": regress(made, rows["target"]).detach()})
         return self._student_loss(rows, velocity)
 
     def _fake_loss(self, rows: Rows, velocity: Velocity) -> Loss:

@@ -11,6 +11,7 @@ from flowalign.core.distribution_matching import (
     exact_scale,
     guidance_direction,
     matching_direction,
+    pseudo_huber,
     push,
     regress,
 )
@@ -203,3 +204,15 @@ def test_shapes_that_would_broadcast_are_refused():
 
 def test_every_trainable_divergence_is_covered_here():
     assert set(FIXED_POINTS) == set(NOISED[0, 1, 1, 1.5]) == set(names())
+
+
+def test_the_pseudo_huber_distance_is_quadratic_near_and_linear_far():
+    target = torch.zeros(2, 3, dtype=torch.float64)
+    for size, expected in ((1e-3, 1e-6 / (2 * 0.5)), (1e3, 1e3 - 0.5)):
+        found = pseudo_huber(torch.full((2, 3), size, dtype=torch.float64), target, width=0.5)
+        torch.testing.assert_close(found.double(), torch.full((2,), expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    far = torch.tensor([[1.0, 0.0], [1e4, 0.0]], dtype=torch.float64, requires_grad=True)
+    pseudo_huber(far, torch.zeros(2, 2, dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(far.grad[0], far.grad[1], rtol=2e-3, atol=0)
+    with pytest.raises(ValueError, match="width: got 0"):
+        pseudo_huber(target, target, width=0)

@@ -75,13 +75,16 @@ def test_a_step_moves_the_critics_then_the_student_and_evaluates_what_it_must(wr
     assert moved(built, before) == {"current": True, "fake": True}
 
 
-def test_the_warm_up_has_a_learning_rate_of_its_own(write_config):
-    built = build(write_config, algorithm={"warmup_steps": 1, "least_steps": 1, "warmup_learning_rate": 0.5})
+def test_the_warm_up_has_a_learning_rate_of_its_own_which_falls_to_the_usual_one(write_config):
+    built = build(write_config, algorithm={"warmup_steps": 2, "least_steps": 1, "warmup_learning_rate": 0.5})
     rates = []
-    for step in range(3):
+    for step in range(4):
         built.step(step)
         rates.append(built.optimizer.param_groups[0]["lr"])
-    assert rates == [0.5, 0.5, SMALL["learning_rate"]]  # held back in the second
+    usual, num = SMALL["learning_rate"], 2 * built.algorithm.num_updates
+    # After the last update of each step, the student being held back in the third.
+    falling = [0.5 + (usual - 0.5) * (num // 2 * (step + 1) - 1) / num for step in range(2)]
+    assert rates == pytest.approx([*falling, falling[1], usual])
 
 
 def test_the_teacher_is_the_base_bit_for_bit_and_the_fake_score_begins_as_it(write_config):
