@@ -1,10 +1,11 @@
-"""``flowalign demo --distill``: the shipped pipeline as a student that samples in one step."""
+"""``flowalign demo --distill``: the shipped pipeline, or another of the shapes world, as a student that samples in one step."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from flowalign.train.journal import read_log
 TEACHER_STEPS = (1, 8, 20)  # 2 and 4: docs/results.md
 
 
-def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str, Any]:
-    """Evaluate the shipped pipeline, guided as a teacher, in 1 to 20 steps, distil it with f-distill, evaluate the student in one, and write a report.
+def demo(output: Path, *, model: str = "shapes", seed: int = 0, threads: int | None = None) -> dict[str, Any]:
+    """Evaluate a pipeline of the shapes world in 1 to 20 steps, distil it with f-distill, evaluate the student in one, and write a report.
 
     Args:
         output: Folder for ``report.html``, ``summary.json``, ``one_step.png``, the records and the run with its weights, which are a pipeline.
+        model: "shapes", the shipped pipeline, or a folder with another of its kind.
         seed: Seed of the training run; the evaluation's prompts and noise are always the same.
         threads: CPU threads; None for all cores, at most 8.
 
@@ -40,7 +42,8 @@ def demo(output: Path, *, seed: int = 0, threads: int | None = None) -> dict[str
     """
     began = time.monotonic()
     config, suite = begin("shapes_f_distill", output, seed=seed, threads=threads)
-    print(f"flowalign demo: f-distill of the shipped StableDiffusion3Pipeline into one step, seed {seed}")
+    config = replace(config, pipeline=replace(config.pipeline, model=model))
+    print(f"flowalign demo: f-distill of {_named(model)} into one step, seed {seed}")
     pipeline = config.pipeline.build(seed=seed)
     guided = teacher_of(config, pipeline) or pipeline
     print(
@@ -90,7 +93,7 @@ def _finish(
     told = " and ".join(f"{share:.0%} of the strict score that the teacher has in {num} steps" for num, share in shares.items())
     report = Report(
         title="flowalign demo: one step",
-        subtitle=f"f-distill of the shipped shapes pipeline under guidance {config.algorithm.guidance_scale:g}, "
+        subtitle=f"f-distill of {_named(config.pipeline.model)} under guidance {config.algorithm.guidance_scale:g}, "
         f"{student.suite}, training seed {config.seed}",
         names=(f"teacher, {config.pipeline.num_steps} steps", "student, 1 step"),
         headline=headline(usual, student, name="Strict score on held-out prompts", note=f"The student has {told}."),
@@ -116,6 +119,10 @@ def _steps_table(teacher: Mapping[int, Evaluation], student: Evaluation) -> Tabl
         for name, found in [*((f"teacher, {_steps(num)}", found) for num, found in teacher.items()), ("student, 1 step", student)]
     ]
     return Table(title="By number of steps", columns=("Model", "Strict", "Graded"), rows=rows)
+
+
+def _named(model: str) -> str:
+    return "the shipped pipeline" if model == "shapes" else Path(model).name
 
 
 def _steps(num: int) -> str:

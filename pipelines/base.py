@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from flowalign.core.guidance import guide
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Noise, Take, Trajectory, explore
 from flowalign.pipelines import features, lora_files, watch
+from flowalign.pipelines.combine import Guidance, Linear
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.family import Family
 from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
+from flowalign.pipelines.replay import Replay
 from flowalign.pipelines.roles import CURRENT, REFERENCE, LoRA, Roles
 from flowalign.pipelines.watch import Learnt
 
@@ -256,9 +260,47 @@ class FlowPipeline:
         with self.roles.use(role) as network, torch.no_grad():
             return self.replayed(network, x, sigma, cond)
 
-    def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Replay a network that is given, as it is; see ``velocity``."""
-        _, replay, _ = self.learnt()
+    @property
+    def rows_of_guidance(self) -> int:
+        """Rows that ``guide`` computes: one where the combination is diffusers' usual one, else as many as ``velocity``."""
+        rule = self.learnt().replay.combine
+        return 1 if isinstance(rule, Guidance) and rule.after is None else self.rows_per_evaluation
+
+    def guide(self, x: Tensor, sigma: Tensor, cond: Conditioning, conditional: Tensor) -> Tensor:
+        """Return the reference's guided velocity where the conditional one is known: only what guidance needs besides is computed.
+
+        Args:
+            x: ``[batch, *event]`` float32.
+            sigma: Noise level, ``[batch]`` or 0-dim.
+            cond: Conditioning of ``batch`` samples by this, guided pipeline.
+            conditional: ``[batch, *event]``, what the same pipeline without guidance says of the same states.
+
+        Returns:
+            ``[batch, *event]`` float32, without gradient; ``velocity`` up to rounding, because velocities are affine in predictions and the weights of
+            guidance add up to 1.
+        """
+        replay = self.learnt().replay
+        rule = replay.combine
+        if not isinstance(rule, Guidance) or rule.after is not None:
+            return self.velocity(x, sigma, cond, REFERENCE)
+        unconditional = self._output(rule.unconditional, rule.sign, x, sigma, cond)
+        scale = rule.scale if rule.anchor == "unconditional" else 1 + rule.scale
+        return guide(unconditional, conditional, scale)
+
+    @torch.no_grad()
+    def _output(self, number: int, sign: int, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Return the reference's velocity by one of the outputs that a step combines, without computing the others."""
+        replay = self.learnt().replay
+        places = [(call, copy) for call, told in enumerate(replay.calls) for copy in range(told.copies)]
+        call, copy = places[number]
+        told = replay.calls[call]
+        alone = replace(replay, calls=(replace(told, copies=1),), combine=Linear(weights=(float(sign),)))
+        with self.roles.use(REFERENCE) as network:
+            return self.replayed(network, x, sigma, cond.alone(call, copy, told.copies), alone)
+
+    def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, replay: Replay | None = None) -> Tensor:
+        """Replay a network that is given, as it is, by this pipeline's own rules or others; see ``velocity``."""
+        replay = self.learnt().replay if replay is None else replay
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
         timestep = replay.timestep(levels, self._known_timesteps(x.device))
         shown = replay.frame.shown(x, levels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -191,6 +191,19 @@ class Conditioning:
         rows = (_rows(leaf, self.index) for leaf in self.leaves)
         return [{name: join(spec, rows) for name, spec in call.items()} for call in self.layout]
 
+    def alone(self, call: int, copy: int, copies: int) -> Conditioning:
+        """Keep what one denoiser call is told of one copy of the latents, as a conditioning of a single call of single copies.
+
+        Args:
+            call: Number of the call in a step.
+            copy: Which copy of the latents.
+            copies: How many copies the call takes.
+        """
+        start = sum(_num_leaves(spec) for specs in self.layout[:call] for spec in specs.values())
+        layout = {name: _single(name, spec, copies) for name, spec in self.layout[call].items()}
+        leaves = self.leaves[start : start + sum(map(_num_leaves, layout.values()))]
+        return Conditioning(layout=(layout,), leaves=tuple(_one_copy(leaf, copy, copies) for leaf in leaves), index=self.index)
+
     def halves(self, name: str, call: int = 0) -> tuple[Tensor, ...]:
         """Give the copies of one tensor argument, ``[batch, ...]`` each.
 
@@ -242,6 +255,23 @@ def num_bytes(leaves: tuple[Leaf, ...]) -> int:
 def moved(leaves: tuple[Leaf, ...], device: torch.device | str) -> tuple[Leaf, ...]:
     """Move leaves to a device."""
     return tuple(leaf.to(device) if isinstance(leaf, Tensor) else [tuple(t.to(device) for t in row) for row in leaf] for leaf in leaves)
+
+
+def _single(name: str, spec: Spec, copies: int) -> Spec:
+    """Say where the batch is in an argument once it is told of one copy of the latents alone."""
+    if isinstance(spec, Constant):
+        return spec
+    if isinstance(spec, Branch):
+        return replace(spec, children={key: _single(name, child, copies) for key, child in spec.children.items()})
+    if spec.copies % copies:
+        raise ValueError(f"{name}: holds {spec.copies} slices a sample for {copies} copies of the latents; needed as many for each")
+    return replace(spec, copies=spec.copies // copies)
+
+
+def _one_copy(leaf: Leaf, copy: int, copies: int) -> Leaf:
+    if isinstance(leaf, Tensor):
+        return leaf.chunk(copies, 1)[copy] if leaf.shape[1] else leaf  # of width 0 it only counts
+    return [row[copy * len(row) // copies : (copy + 1) * len(row) // copies] for row in leaf]
 
 
 def _rows(leaf: Leaf, index: Tensor) -> Leaf:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flowalign.commands import Add, positive
+from flowalign.config import ConfigError
 
 
 def add_demo(add: Add) -> None:
@@ -19,14 +20,23 @@ def add_demo(add: Add) -> None:
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
     demo.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
     demo.add_argument("--distill", action="store_true", help="instead of aligning it, distil the pipeline into one step")
+    demo.add_argument(
+        "--model", default=None, help="with --distill: folder of another pipeline of the shapes world, such as an aligned and merged one"
+    )
     demo.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
     from flowalign import demo, one_step
 
-    run = one_step.demo if options.distill else demo.demo
-    run(options.output, seed=options.seed, threads=options.threads)
+    if options.distill:
+        one_step.demo(options.output, model=options.model or "shapes", seed=options.seed, threads=options.threads)
+    elif options.model is not None:
+        raise ConfigError(
+            f"--model {options.model}: only --distill takes it; the demo aligns the shipped pipeline. Add --distill, or use `flowalign train`"
+        )
+    else:
+        demo.demo(options.output, seed=options.seed, threads=options.threads)
 
 
 def add_train(add: Add) -> None:

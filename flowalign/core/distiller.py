@@ -155,7 +155,8 @@ class Distiller:
         x0 = self.generate(rows, velocity)
         x, sigma = interpolate(x0, rows["noise"], rows["sigma"]), rows["sigma"]
         columns = {**rows.columns, "x0": x0}
-        teacher = velocity(x if self.judges else x.detach(), sigma, rows.sample, REFERENCE).detach()
+        seen = x if self.judges else x.detach()
+        teacher = velocity(seen, sigma, rows.sample, REFERENCE).detach()
         if self.judges:
             columns["logits"] = velocity(x, sigma, rows.sample, DISCRIMINATOR)
         x = x.detach()
@@ -164,7 +165,8 @@ class Distiller:
             own = velocity_to_x0(teacher, x, sigma)
             guided = own
             if self.config.guidance_scale > 1:
-                guided = velocity_to_x0(velocity(x, sigma, rows.sample, TEACHER), x, sigma)
+                # Of the very same latents, so that the conditional half need not be computed again.
+                guided = velocity_to_x0(velocity(seen, sigma, rows.sample, TEACHER), x, sigma)
                 columns["guidance"] = guidance_direction(own, guided)
             columns["matching"] = matching_direction(fake, own)
             columns["scale"] = dmd_scale(x0, guided)

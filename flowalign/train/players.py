@@ -114,6 +114,7 @@ class Networks:
     squares: list[tuple[Tensor, int]] = field(default_factory=list)
     _looked: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # the last latents of the reference, and their features
     _tapped: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False)
+    _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # the last latents of the reference, and its velocity
 
     def __call__(self, x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
         """Return a role's velocity, the features of latents, or what a head says of features."""
@@ -127,15 +128,19 @@ class Networks:
         if role == FEATURES and self._looked is not None and self._looked[0] is x:
             return self._looked[1]
         if role == TEACHER and self.teacher is not None:
-            pipeline, cond = self.teacher
-            self.count(TEACHER, len(x) * (pipeline.rows_per_evaluation // self.pipeline.rows_per_evaluation))
-            return pipeline.velocity(x, sigma, cond.take(sample), REFERENCE)
+            pipeline, told = self.teacher
+            one = self.pipeline.rows_per_evaluation
+            if self._known is not None and self._known[0] is x:
+                self.count(TEACHER, len(x) * (pipeline.rows_of_guidance // one))
+                return pipeline.guide(x, sigma, told.take(sample), self._known[1])
+            self.count(TEACHER, len(x) * (pipeline.rows_per_evaluation // one))
+            return pipeline.velocity(x, sigma, told.take(sample), REFERENCE)
         cond = self.cond.take(sample)
         if role == REFERENCE and self.taps:
             self.count(REFERENCE, len(x))
             velocity, seen = self.pipeline.tap(x, sigma, cond, self.taps, whole=True)
             assert velocity is not None
-            self._tapped = x, seen
+            self._tapped, self._known = (x, seen), (x, velocity.detach())
             return velocity
         if role == FEATURES or (role == REFERENCE and self.heads):
             self.count(REFERENCE, len(x))
@@ -145,6 +150,8 @@ class Networks:
         trained = torch.is_grad_enabled() and self.pipeline.roles.is_trained(role)
         self.count("train" if trained else role, len(x))
         velocity = self.pipeline.velocity(x, sigma, cond, role)
+        if role == REFERENCE:
+            self._known = x, velocity
         if trained:
             # Read once a step: nothing waits for the device.
             self.squares.append((velocity.detach().square().flatten(1).mean(1).sum(), len(x)))

@@ -215,4 +215,4 @@ def test_the_pseudo_huber_distance_is_quadratic_near_and_linear_far():
     pseudo_huber(far, torch.zeros(2, 2, dtype=torch.float64)).sum().backward()
     torch.testing.assert_close(far.grad[0], far.grad[1], rtol=2e-3, atol=0)
     with pytest.raises(ValueError, match="width: got 0"):
-        pseudo_huber(target, target, width=0)
+        pseudo_huber(target, target, width=0.0)

@@ -53,6 +53,29 @@ def test_a_family_keeps_its_promise(case, check):
         assert finding.found == "equal"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_guidance_needs_only_the_other_half_where_the_conditional_one_is_known(case):
+    it = subject(case)
+    flow, rule = it.flow, it.flow.learnt().replay.combine
+    if not isinstance(rule, Guidance):
+        assert flow.rows_of_guidance == flow.rows_per_evaluation == 1
+        return
+    cond = flow.encode(["a red ring", "two blue disks", "a red ring"])
+    x = torch.randn(3, *flow.event_shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.2, 0.5, 0.9])
+    rows = []
+    handle = flow.denoiser.register_forward_hook(lambda module, args, kwargs, output: rows.append(1), with_kwargs=True)
+    conditional = flow._output(rule.conditional, rule.sign, x, sigma, cond)
+    one = len(rows)
+    guided = flow.guide(x, sigma, cond, conditional)
+    handle.remove()
+    whole = flow.velocity(x, sigma, cond, "reference")
+    torch.testing.assert_close(guided, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+    assert one == 1
+    assert flow.rows_of_guidance == (1 if rule.after is None else 2)
+    assert not torch.allclose(conditional, whole, rtol=1e-3)  # guidance does something
+
+
 def padding(encode_prompt, length):
     """Qwen-Image's own encoder of texts with its result padded and masked, as its documentation lets one pass embeddings."""
 

@@ -332,9 +332,10 @@ def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):
     assert built.teacher.rows_per_evaluation == 2
     assert built.pipeline.rows_per_evaluation == 1
     line = built.step(0)
-    # Its samples, and one look at the student's batch: two rows each, as the network computes them.
-    assert line["evaluations"]["teacher"] == 2 * (12 * 4 + 4)
-    assert built.step(1)["evaluations"]["teacher"] == 2 * 4
+    # Its samples take two rows each, one look at the student's batch one besides the reference's: the specification's cond and uncond.
+    assert line["evaluations"]["teacher"] == 2 * 12 * 4 + 4
+    counts = built.step(1)["evaluations"]
+    assert (counts["teacher"], counts["reference"]) == (4, 4)
     assert math.isfinite(built.step(2)["metrics"]["loss"])
 
 
