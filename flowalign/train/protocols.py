@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowalign.core.algorithm import CURRENT
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Trajectory
+from flowalign.core.rollout import Ended, Trajectory
 
 
 class Roles(Protocol):
@@ -50,6 +50,7 @@ class Pipeline(Protocol):
         batch_size: int | None = None,
         start: int = 0,
         role: str = CURRENT,
+        ended: Ended | None = None,
     ) -> Trajectory: ...
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
     def look(self, x: Tensor, sigma: Tensor, cond: Any, role: str) -> tuple[Tensor, Tensor]: ...
