@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flowalign import config as configuration
 from flowalign import data, estimators, snapshots
+from flowalign.compute import PER_ROW, RowMeter
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.evaluate import monitors
@@ -252,6 +253,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
     told: set[str] = set()
+    meter = RowMeter(trainer.pipeline.denoiser)  # type: ignore[attr-defined]
     measured = isinstance(config.algorithm, Settings)  # nothing is trained on rewards
     trained = (
         set() if measured else {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
@@ -260,6 +262,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     def watch(line: dict[str, Any], made: Tensor) -> None:
         if not lines:
             lines.extend(earlier for earlier in read_log(log) if earlier["step"] < line["step"])
+        line[PER_ROW] = meter.per_row
         rows = monitors.features(made)
         if accelerator.num_processes > 1:
             everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()

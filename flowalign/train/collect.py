@@ -224,7 +224,7 @@ class Collector:
 
         An evaluation is of one state; under guidance the network computes ``rows_per_evaluation`` rows for it.
         """
-        names = ("rollout", "completion", "train", *self.algorithm.roles)
+        names = ("rollout", "completion", "train", "monitor", *self.algorithm.roles)
         return counted(self.evaluations, names, self.accelerator, self.pipeline.rows_per_evaluation)
 
     def _measure(self, sampled: Sampled) -> tuple[tuple[str, ...], dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
+from flowalign.train.distance import distance_to_base, is_due
 from flowalign.train.journal import Clock, Journal
 from flowalign.train.pairs import PairCollector
 from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
@@ -343,7 +344,7 @@ class Trainer:
             "advantage": {} if found.advantages is None else dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
-            "monitor": self._norms(found),
+            "monitor": self._norms(found) | self._distance(step, found, metrics),
             "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
@@ -361,6 +362,12 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
         return dict(zip(("latent_rms", "velocity_rms"), means.sqrt().tolist(), strict=False))
+
+    def _distance(self, step: int, found: Collected, metrics: dict[str, float]) -> dict[str, float]:
+        """Measure the distance to the base once in a few steps, where no penalty does."""
+        if not isinstance(found.experience, Experience) or not is_due(step, metrics, self.pipeline.roles.names):
+            return {}
+        return {"distance": self._average(float(distance_to_base(found.velocity, found.experience, seed=self.seed, step=step)))}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; randomness is keyed and needs no state."""

@@ -103,6 +103,8 @@ def status(line: Mapping[str, Any]) -> str:
         for name in ("distance/reference", "kl/reference", "ratio", "clip_fraction")
         if name in metrics
     ]
+    if "distance" in line.get("monitor", {}):
+        shown.append(f"distance {line['monitor']['distance']:.4f}")
     if "ratio_gap_first" in metrics:
         shown.append(f"gap {metrics['ratio_gap_first']:.1e}")
     spent = line["time_s"]
