@@ -32,6 +32,8 @@ from flowalign.train.fit import Trainer
 from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
 
+_DISTANCE_EVERY = 5  # steps between looks at the distance to the base
+
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Build every part of a run."""
@@ -172,6 +174,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
         if accelerator.is_main_process and isinstance(config.algorithm, Settings):
             print(f"memory: {_memory(trainer)}")
+        trainer.distance_every = _DISTANCE_EVERY
         trainer.after_step = _after_step(config, accelerator, trainer)
         trainer.fit(config.steps)
         if accelerator.is_main_process:

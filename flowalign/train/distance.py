@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,14 @@ from flowalign.core.penalties import velocity_mse
 from flowalign.core.randomness import normal
 from flowalign.train.players import Networks
 
-EVERY = 5  # steps
 PURPOSE = "monitor"
 _ROWS, _LEVELS = 8, (0.3, 0.6, 0.9)
 _MEASURED = ("distance/reference", "kl/reference")
 
 
-def is_due(step: int, metrics: dict[str, float], roles: list[str]) -> bool:
-    """Tell whether a step measures it: once in a few, where a penalty does not and the base is at hand."""
-    return step % EVERY == 0 and REFERENCE in roles and not any(name in metrics for name in _MEASURED)
+def is_measured(metrics: Mapping[str, float]) -> bool:
+    """Tell whether a penalty has measured it."""
+    return any(name in metrics for name in _MEASURED)
 
 
 def distance_to_base(networks: Networks, experience: Experience, *, seed: int, step: int) -> Tensor:
