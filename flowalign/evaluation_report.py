@@ -15,7 +15,14 @@ _FEW, _BINS = 6, 20
 
 
 def write_evaluation(
-    path: Path, tuned: Evaluation, base: Evaluation | None, *, names: tuple[str, str], notes: Sequence[str], settings: str
+    path: Path,
+    tuned: Evaluation,
+    base: Evaluation | None,
+    *,
+    names: tuple[str, str],
+    notes: Sequence[str],
+    settings: str,
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Write the page of one model, or of two on the same prompts and noise.
 
@@ -26,6 +33,7 @@ def write_evaluation(
         names: What the two are called, the base's first.
         notes: Verdicts, in words.
         settings: The resolved settings, YAML.
+        tables: Whatever else is tabular.
     """
     both = [tuned] if base is None else [tuned, base]
     measures = [measure for measure in tuned.measures() if all(measure in found.measures() for found in both)]
@@ -40,7 +48,7 @@ def write_evaluation(
         galleries=extremes(tuned, first),
         charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
         charts_title="Distributions",
-        tables=[_by_tag(tuned, measure) for measure in (measures if base is None else measures[1:])],
+        tables=[_by_tag(tuned, measure) for measure in (measures if base is None else measures[1:])] + list(tables),
         notes=notes,
         configuration=settings,
         **how_made(),

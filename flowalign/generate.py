@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -23,10 +21,10 @@ from flowalign.core.paths import interpolate
 from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
-from flowalign.evaluate.records import Evaluation, compare, table
-from flowalign.evaluate.statistics import verdict
+from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.suites import run_suite, suite
-from flowalign.evaluation_report import write_evaluation
+from flowalign.evaluation_result import Result
+from flowalign.fidelity_options import ruler
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RunConfig, find_config, load_config
 from flowalign.suite_options import suite_options
@@ -149,7 +147,7 @@ def evaluate(
     model: str,
     *,
     suite_name: str = "shapes",
-    lora: Path | None = None,
+    lora: Path | Sequence[Path] | None = None,
     against: str | None = None,
     output: Path | None = None,
     seed: int = 0,
@@ -157,58 +155,74 @@ def evaluate(
     images_per_prompt: int = 4,
     num_steps: int | None = None,
     resolution: float = 0.02,
+    reference_images: Path | None = None,
+    extractor: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``.
 
-    ``options`` are those of :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts".
+    Several LoRAs are runs of one recipe from several training seeds. ``reference_images`` and ``extractor`` are those of
+    :func:`flowalign.fidelity_options.ruler`, ``options`` those of :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts".
     """
+    loras = [] if lora is None else [lora] if isinstance(lora, Path) else list(lora)
+    _check_recipe(loras)
     sizes = {"num_prompts": num_prompts, "images_per_prompt": images_per_prompt}
     chosen = suite(suite_name, **{**sizes, **suite_options(suite_name, num_prompts, options or {})})
-    settings, evaluated = open_model(model, lora, num_steps=num_steps)
-    tuned = score_model(evaluated, chosen, num_steps=evaluated.num_steps, seed=seed, title=model)
-    result: dict[str, Any] = tuned.summary()
-    base, steps = None, evaluated.num_steps
-    if against is not None or lora is not None:
-        steps = _steps_of_other(lora or Path(model), against, evaluated.num_steps)
+    settings, evaluated = open_model(model, loras[0] if loras else None, num_steps=num_steps)
+    measured_by = ruler(chosen, folder=reference_images, extractor=extractor, image_size=image_size(evaluated))
+    steps = evaluated.num_steps
+    runs, base, others = [score_model(evaluated, chosen, num_steps=steps, seed=seed, title=model)], None, steps
+    if against is not None or loras:
+        others = _steps_of_other(loras[0] if loras else Path(model), against, steps)
     if against is not None:
         # The same settings: a comparison is of weights, not of guidance or sizes.
         other = replace(settings, model=against, lora=None).build(device=evaluated.device)
-        base = score_model(other, chosen, num_steps=steps, seed=seed, title=against)
-    elif lora is not None:
-        base = score_model(evaluated, chosen, num_steps=steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
-    found = {} if base is None else compare(base, tuned)
-    if base is not None:
-        differences = {measure: difference.as_dict() for measure, difference in found.items()}
-        result = {"base": base.summary(), "tuned": tuned.summary(), "paired_difference": differences}
-        result["verdict"] = {measure: verdict(difference, resolution=resolution) for measure, difference in found.items()}
-    for measure in found or tuned.measures():
-        against_steps = "" if steps == evaluated.num_steps else f" against {steps} of the other"
-        print(f"\n{measure} on {tuned.suite}, {len(tuned.records)} images, {evaluated.num_steps} steps{against_steps}, seed {seed}")
-        print(table(base or tuned, tuned if base else None, measure=measure))
-        if measure in found:
-            print(f"verdict: {result['verdict'][measure]}")
+        base = score_model(other, chosen, num_steps=others, seed=seed, title=against)
+    elif loras:
+        base = score_model(evaluated, chosen, num_steps=others, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
+    for further in loras[1:]:
+        _, evaluated = open_model(model, further, num_steps=num_steps)
+        runs.append(score_model(evaluated, chosen, num_steps=steps, seed=seed, title=str(further)))
+    result = Result(
+        runs=runs,
+        base=base,
+        names=(against or f"{model} without LoRA", f"{model} with {', '.join(map(str, loras))}" if loras else model),
+        num_steps=(steps, others),
+        fidelity=[] if measured_by is None else [measured_by.compare(run, base) for run in runs],
+        resolution=resolution,
+        settings=configuration.encode(settings),
+    )
+    result.show()
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        tuned.write(output / "records.jsonl")
-        if base is not None:
-            base.write(output / "records_base.jsonl")
-        result["settings"] = configuration.encode(settings)
-        (output / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        told = [f"{measure}: {text}" for measure, text in result.get("verdict", {}).items()]
-        page = write_evaluation(
-            output / "report.html",
-            tuned,
-            base,
-            names=(against or f"{model} without LoRA", model if lora is None else f"{model} with {lora}"),
-            notes=[
-                *told,
-                "Intervals are 95 %, from a bootstrap over prompts within kinds; they do not cover the spread between training seeds.",
-            ],
-            settings=yaml.safe_dump(configuration.encode(settings), sort_keys=False),
-        )
-        print(f"\nwritten: {output}\nreport: {page}")
-    return result
+        result.write(output)
+    return {**result.as_dict(), "settings": dict(result.settings)}
+
+
+def image_size(pipeline: FlowPipeline) -> tuple[int, int]:
+    """Return height and width of a pipeline's images, by decoding one latent of zeros."""
+    with torch.no_grad():
+        height, width = pipeline.decode(torch.zeros(1, *pipeline.event_shape, device=pipeline.device)).shape[2:]
+    return int(height), int(width)
+
+
+def _check_recipe(loras: Sequence[Path]) -> None:
+    """Refuse runs that differ in more than their seed: what is between them would be no spread of training seeds."""
+    if len({path.resolve() for path in loras}) < len(loras):
+        raise ConfigError("--lora: a run is given twice; several are several training seeds of one recipe")
+    found = [(lora, None if (run := _run_of(lora)) is None else configuration.read_yaml(run)) for lora in loras]
+    for lora, settings in found[1:]:
+        first = found[0][1]
+        if settings is None or first is None:
+            raise ConfigError(
+                f"--lora: {lora if settings is None else found[0][0]} is no run, so its recipe is not known; several --lora are runs"
+            )
+        one, other = ({key: value for key, value in each.items() if key not in ("seed", "output")} for each in (first, settings))
+        changed = configuration.differences(one, other)
+        if changed:
+            raise ConfigError(
+                f"--lora: {lora} is of another recipe than {found[0][0]} ({'; '.join(changed)}); several --lora are training seeds of one recipe. Compare "
+                "recipes with flowalign benchmark"
+            )
 
 
 def sample(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flowalign import config as configuration
 from flowalign import data, estimators, snapshots
+from flowalign.compute import PER_ROW, RowMeter
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.evaluate import monitors
@@ -30,6 +31,8 @@ from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
 from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
+
+_DISTANCE_EVERY = 5  # steps between looks at the distance to the base
 
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
@@ -175,6 +178,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))
         if accelerator.is_main_process and isinstance(config.algorithm, Settings):
             print(f"memory: {_memory(trainer)}")
+        trainer.distance_every = _DISTANCE_EVERY
         trainer.after_step = _after_step(config, accelerator, trainer)
         trainer.fit(config.steps)
         if accelerator.is_main_process:
@@ -256,6 +260,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
     told: set[str] = set()
+    meter = RowMeter(trainer.pipeline.denoiser)  # type: ignore[attr-defined]
     measured = isinstance(config.algorithm, Settings)  # nothing is trained on rewards
     trained = (
         set() if measured else {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
@@ -264,6 +269,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     def watch(line: dict[str, Any], made: Tensor) -> None:
         if not lines:
             lines.extend(earlier for earlier in read_log(log) if earlier["step"] < line["step"])
+        line[PER_ROW] = meter.per_row
         rows = monitors.features(made)
         if accelerator.num_processes > 1:
             everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()

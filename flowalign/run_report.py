@@ -11,10 +11,11 @@ from PIL import Image
 
 from flowalign import config as configuration
 from flowalign import snapshots
+from flowalign.compute import cost_rows, flops_by_purpose
 from flowalign.config import ConfigError
 from flowalign.env import how_made
 from flowalign.evaluate.charts import Chart, curve_from_log
-from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, write_report
+from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, Work, write_report
 from flowalign.images import jpeg_bytes
 from flowalign.train.journal import read_log
 
@@ -48,6 +49,7 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
         galleries=[gallery for name, run in zip(names, runs, strict=True) for gallery in _over_time(run, name if len(runs) > 1 else "")],
         charts=[_chart(part, flat) for part in parts],
         shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
+        work=_work(next(iter(logs.values()))) if len(runs) == 1 else (),
         tables=_tables(logs, settings),
         configuration=yaml.safe_dump(next(iter(settings.values())), sort_keys=False),
         **how_made(),
@@ -108,6 +110,10 @@ def _shares(log: Log) -> list[Share]:
     return [Share(name=name, seconds=seconds) for name, seconds in spent.items() if seconds > 0]
 
 
+def _work(log: Log) -> list[Work]:
+    return [Work(name=name, flops=flops) for name, flops in flops_by_purpose(log).items()]
+
+
 def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     columns = ("Reward", *(f"{name}, {when}" for name in logs for when in ("first 5 steps", "last 5 steps")))
     names = list(dict.fromkeys(name for log in logs.values() for name in log[-1]["reward"]))
@@ -116,11 +122,30 @@ def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) 
     told = [[name, str(line["step"] + 1), text] for name, log in logs.items() for line, text in _first_alarms(log)]
     if told:
         tables.append(Table(title="Alarms", columns=("Run", "Step", "What was seen"), rows=told))
+    if len(logs) > 1 and any(map(flops_by_purpose, logs.values())):
+        tables.append(_work_of_runs(logs))
+    tables.append(
+        Table(
+            title="What it cost", columns=("", *logs), rows=cost_rows(logs), caption="Rewards, encoders and decoders are in seconds only."
+        )
+    )
     if len(settings) > 1:
         first = next(iter(settings))
         changed = [[name, text] for name in list(settings)[1:] for text in configuration.differences(settings[first], settings[name])]
         tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=changed))
     return tables
+
+
+def _work_of_runs(logs: Mapping[str, Log]) -> Table:
+    """Say for each run what share of its floating-point operations each purpose had."""
+    found = {name: flops_by_purpose(log) for name, log in logs.items()}
+    purposes = list(dict.fromkeys(purpose for flops in found.values() for purpose in flops))
+    cells = [
+        [f"{100 * flops[purpose] / sum(flops.values()):.1f} %" if purpose in flops else "" for flops in found.values()]
+        for purpose in purposes
+    ]
+    rows = [[purpose, *row] for purpose, row in zip(purposes, cells, strict=True)]
+    return Table(title="Where the floating-point operations went", columns=("Purpose", *logs), rows=rows)
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowalign.core.guidance import guide
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Noise, Take, Trajectory, explore
+from flowalign.core.rollout import Ended, Noise, Take, Trajectory, explore
 from flowalign.pipelines import features, lora_files, watch
 from flowalign.pipelines.combine import Guidance, Linear
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
@@ -152,6 +152,7 @@ class FlowPipeline:
         start: int = 0,
         batch_size: int | None = None,
         role: str = CURRENT,
+        ended: Ended | None = None,
     ) -> Trajectory:
         """Run a plan through the pipeline's own ``__call__``, left where the plan splits and resumed from the states that it left.
 
@@ -164,6 +165,7 @@ class FlowPipeline:
             start: Resume in the middle of the schedule.
             batch_size: Samples of one call; None for all.
             role: Version of the network that samples.
+            ended: Called with final states as they come and their rows of ``x0``.
 
         Returns:
             The trajectory; latents and log-probs are float32 whatever the denoiser computes in. Its ``x0`` is what the pipeline decodes;
@@ -197,7 +199,7 @@ class FlowPipeline:
             def finish(x: Tensor) -> Tensor:
                 return replay.frame.shown(x, sigmas[-1])
 
-            return explore(walk, x_init, sigmas, plan, noise, start=start, batch_size=batch_size, finish=finish)
+            return explore(walk, x_init, sigmas, plan, noise, start=start, batch_size=batch_size, finish=finish, ended=ended)
 
     def _drive(self, network: nn.Module, cond: Conditioning, recorder: Recorder, num_steps: int) -> None:
         """Make one call of the pipeline."""

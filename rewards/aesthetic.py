@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class Aesthetic:
 
     clip: clip.Clip
     head: heads.Affine
+    scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1]; prompts play no part."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class GenEval:
     config: Config
     detector: Detector
     color_of: ColorNamer = field(repr=False)
+    scores_alone: ClassVar[bool] = True
 
     @property
     def detector_name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class HPSv2:
     tokenize: Callable[[list[str]], Tensor]
     size: int
     batch_size: int
+    scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1] against their prompts."""

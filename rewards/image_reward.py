@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class ImageReward:
     head: heads.Affine
     tokenizer: Any
     batch_size: int
+    scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1] against their prompts; what is longer than 35 tokens is cut, as published."""

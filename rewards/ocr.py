@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class OCR:
 
     config: Config
     engine: Engine
+    scores_alone: ClassVar[bool] = True
 
     def check(self, record: dict[str, Any]) -> None:
         """Refuse a prompt's record that wants no text, before anything is sampled."""

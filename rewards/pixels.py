@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as transform
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _TOLERANCE = 1e-3  # decoders may leave [0, 1] by rounding, not by more
+_IN_CACHE = 2**15  # numbers
 
 Fit = Literal["crop", "pad"]
 
@@ -45,7 +46,16 @@ def to_bytes(images: Tensor) -> Tensor:
 
     Rounded, not truncated: truncation darkens by half a grey level on average.
     """
-    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    if images.device.type != "cpu":
+        return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    values = images.detach().contiguous().view(-1)
+    rounded = torch.empty(values.shape, dtype=torch.uint8)
+    held = torch.empty(min(_IN_CACHE, len(values)))
+    # In parts that stay in the CPU's cache, and cast by numpy, whose cast is the faster one: several times as fast as the whole at once.
+    for part, to in zip(values.split(_IN_CACHE), rounded.split(_IN_CACHE), strict=True):
+        scaled = held[: len(part)].copy_(part).clamp_(0, 1).mul_(255).round_()
+        np.copyto(to.numpy(), scaled.numpy(), casting="unsafe")
+    return rounded.view(images.shape)
 
 
 def arrays(images: Tensor) -> list[np.ndarray]:

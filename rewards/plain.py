@@ -28,6 +28,11 @@ class PlainReward:
         """The function's name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the function says, by an attribute of this name, that its score of an image depends on no other image of the call."""
+        return bool(getattr(self.function, "scores_alone", False))
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1].
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Remote:
     config: Config
     client: Client
     pool: ThreadPoolExecutor
+    scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> RewardScores:
         """Score images ``[batch, 3, h, w]`` in [0, 1].

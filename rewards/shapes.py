@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ class ShapesReward:
     """See ``Config``."""
 
     config: Config
+    scores_alone: ClassVar[bool] = True
 
     def check(self, record: dict[str, Any]) -> None:
         """Refuse a prompt's record that cannot be verified, before anything is sampled."""

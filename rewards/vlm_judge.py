@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -85,6 +85,7 @@ class VLMJudge:
 
     config: Config
     client: Client
+    scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1]; NaN where the answer cannot be read.

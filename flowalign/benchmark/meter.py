@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-_DIFFERENTIATED = 3.0  # a backward costs two forwards: one for the inputs, one for the weights
+from flowalign.core.flops import DIFFERENTIATED, forward_flops
 
 
 @dataclass(kw_only=True)
@@ -36,7 +35,7 @@ class Meter:
     @property
     def evaluations(self) -> float:
         """Rows, those with gradient counted three times."""
-        return self.sampled + _DIFFERENTIATED * self.trained
+        return self.sampled + DIFFERENTIATED * self.trained
 
     @property
     def flops(self) -> float:
@@ -76,15 +75,9 @@ class Meter:
             return
         rows = len(output[0] if isinstance(output, tuple) else output.sample)
         if not self.flops_per_row:
-            with self.pause(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-                # Past the module's own hooks: others than this one watch it too.
-                module.forward(*[_detached(value) for value in args], **{name: _detached(value) for name, value in kwargs.items()})
-            self.flops_per_row = counter.get_total_flops() / rows
+            with self.pause():
+                self.flops_per_row = forward_flops(module, args, kwargs) / rows
         if torch.is_grad_enabled():
             self.trained += rows
         else:
             self.sampled += rows
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

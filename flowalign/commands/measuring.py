@@ -29,9 +29,29 @@ def add_evaluate(add: Add) -> None:
     evaluate.add_argument("--clip", default=None, metavar="MODEL", help="geneval: folder or hub id of the CLIP that names colours")
     evaluate.add_argument("--split", default=None, help="geneval: official, train, unseen or all; shapes: heldout or train")
     evaluate.add_argument("--resolution", type=float, default=0.02, help="difference of scores that a comparison should resolve")
-    evaluate.add_argument("--lora", type=Path, default=None, help="run folder or LoRA to load; compared with the model without it")
+    evaluate.add_argument(
+        "--lora",
+        type=Path,
+        action="append",
+        default=None,
+        metavar="RUN",
+        help="run folder or LoRA to load; compared with the model without it. Several are runs of one recipe from several training seeds",
+    )
     evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
-    evaluate.add_argument("--output", type=Path, default=None, help="folder for records and summary.json")
+    evaluate.add_argument(
+        "--reference-images",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="real images to measure fidelity against (KID, Frechet distance, precision, recall); the shapes suite renders its own where not given",
+    )
+    evaluate.add_argument(
+        "--extractor",
+        default=None,
+        metavar="NAME",
+        help="features of fidelity and diversity: random, folder or hub id of an image encoder (DINOv2), or my_module.my_function that returns a network",
+    )
+    evaluate.add_argument("--output", type=Path, default=None, help="folder for records, summary.json and report.html")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the noise")
     evaluate.add_argument(
         "--num-prompts",
@@ -58,6 +78,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         images_per_prompt=options.images_per_prompt,
         num_steps=options.num_steps,
         resolution=options.resolution,
+        reference_images=options.reference_images,
+        extractor=options.extractor,
         options={name: vars(options)[name] for name in ("prompts", "reward", "detector", "clip", "split")},
     )
 

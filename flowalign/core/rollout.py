@@ -18,6 +18,9 @@ Walk = Callable[[Tensor, Tensor, int, int, "Take"], Tensor]
 initial state it descends from (and so its conditioning), the steps ``start`` to ``stop - 1`` and what makes each of them, to the states that
 it ends with; these are looked at where they are final (``Take.ends``)."""
 
+Ended = Callable[[Tensor, Tensor], None]
+"""Told of final states and their rows of the final table."""
+
 
 @dataclass(kw_only=True)
 class _Run:
@@ -28,6 +31,7 @@ class _Run:
         waiting: From a first step and a kernel, None on the path, to states and the first final states below them.
         finals: Final states with their rows.
         finish: Applied to final states that no walk ends with.
+        ended: Told of final states as they come, with their rows of the final table.
     """
 
     plan: Plan
@@ -37,6 +41,7 @@ class _Run:
     start: int
     leaves: int
     finish: Callable[[Tensor], Tensor]
+    ended: Ended | None
     waiting: dict[tuple[int, Kernel | None], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     finals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept: list[Transitions] = field(default_factory=list)
@@ -46,9 +51,15 @@ class _Run:
     def put(self, step: int, kernel: Kernel | None, x: Tensor, leaf: Tensor) -> None:
         """Let a branch wait, or end."""
         if step == self.plan.num_steps:
-            self.finals.append((self.finish(x), leaf))
+            self.end(self.finish(x), leaf)
         else:
             self.waiting.setdefault((step, kernel), []).append((x, leaf))
+
+    def end(self, x: Tensor, leaf: Tensor) -> None:
+        """Keep final states."""
+        self.finals.append((x, leaf))
+        if self.ended is not None:
+            self.ended(x, leaf)
 
     def draw(self, index: int, mean: Tensor, std: Tensor, kernel: Kernel, leaf: Tensor) -> Tensor:
         """Draw the states above the given final states."""
@@ -172,6 +183,7 @@ def explore(
     start: int = 0,
     batch_size: int | None = None,
     finish: Callable[[Tensor], Tensor] = lambda x: x,
+    ended: Ended | None = None,
 ) -> Trajectory:
     """Run a plan with whatever evaluates the model; every common beginning is evaluated once.
 
@@ -184,6 +196,7 @@ def explore(
         start: Begin in the middle of the schedule.
         batch_size: States of one walk; None for all.
         finish: From a state at the end of the grid to what walks return there.
+        ended: Called with final states as they come and their rows of ``x0``: what follows a rollout may begin before it is over.
 
     Returns:
         The trajectory, final states in order.
@@ -197,7 +210,7 @@ def explore(
     if not 0 <= start < plan.path_end:
         raise ValueError(f"start: got {start}, needed a step in [0, {plan.path_end})")
     leaves = plan.leaves_after(start - 1)
-    run = _Run(plan=plan, sigmas=sigmas, noise=noise, num=len(x_init), start=start, leaves=leaves, finish=finish)
+    run = _Run(plan=plan, sigmas=sigmas, noise=noise, num=len(x_init), start=start, leaves=leaves, finish=finish, ended=ended)
     run.put(start, None, x_init, leaves * torch.arange(len(x_init)))
     while run.waiting:
         # The path first, then by step: branches that go the same way are evaluated together.
@@ -209,7 +222,7 @@ def explore(
             take = Take(run=run, leaf=leaf[rows], completion=kernel, stop=stop)
             end = walk(x[rows.to(x.device)], take.leaf // leaves, at, stop, take)
             if take.ends:
-                run.finals.append((end, take.leaf))
+                run.end(end, take.leaf)
     ends, order = (torch.cat(column) for column in zip(*run.finals, strict=True))
     return Trajectory(
         x_init=x_init,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.evaluate.scores import Difference, Interval, Scores
-from flowalign.evaluate.statistics import bootstrap, paired_difference
+from flowalign.evaluate.statistics import bootstrap, holm, paired_difference
 
 Measure = str
 MEASURES: tuple[Measure, ...] = ("strict", "graded")  # of a suite with verdicts; rewards add theirs by name
@@ -169,6 +169,22 @@ def compare_runs(pairs: Sequence[tuple[Evaluation, Evaluation]], *, measure: Mea
     return paired_difference([one for _, one, _ in known], [two for _, _, two in known], ids, tags)
 
 
+def deviations(runs: Sequence[Evaluation], *, measure: Measure) -> list[Difference]:
+    """Compare each of several models with the mean of all of them, on the images of which all have the score.
+
+    Raises:
+        ValueError: As :func:`compare_runs`.
+    """
+    rows = [_values(_partners(runs[0], run)[1], measure) for run in runs]
+    records = _partners(runs[0], runs[0])[0]
+    known = [(record, values) for record, *values in zip(records, *rows, strict=True) if None not in values]
+    if not known:
+        raise ValueError(f"compare: no image has a score {measure!r} under all models")
+    ids, tags = [record.id for record, _ in known], [record.tag for record, _ in known]
+    means = [sum(values) / len(values) for _, values in known]
+    return [paired_difference(means, [values[number] for _, values in known], ids, tags) for number in range(len(runs))]
+
+
 def _partners(base: Evaluation, tuned: Evaluation) -> tuple[list[Record], list[Record]]:
     """Return the records of two evaluations in one order."""
     if (base.suite, base.seed) != (tuned.suite, tuned.seed):
@@ -198,20 +214,26 @@ def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure
         mean of images        4       4  0.500 [0.000, 1.000]
     """
     columns: dict[str, Scores] = {measure if tuned is None else "base": base.scores(measure)}
+    corrected: dict[str, float] = {}
     if tuned is not None:
-        columns |= {"tuned": tuned.scores(measure), "difference": compare(base, tuned)[measure]}
+        difference = compare_runs([(base, tuned)], measure=measure)
+        corrected = holm(difference.p_value_per_tag)
+        columns |= {"tuned": tuned.scores(measure), "difference": difference}
     first = next(iter(columns.values()))
     meanings = base.num_meanings()
-    rows = [["tag", "prompts", *(["meanings"] if meanings else []), "images", *columns]]
+    rows = [["tag", "prompts", *(["meanings"] if meanings else []), "images", *columns, *(["p, Holm over tags"] if corrected else [])]]
 
     def row(name: str, tags: Sequence[str], cells: Sequence[Interval]) -> list[str]:
         counts = [first.num_prompts, *([meanings] if meanings else []), first.num_images]
         return [name, *(str(sum(count.get(tag, 0) for tag in tags)) for count in counts), *map(str, cells)]
 
-    rows += [row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]) for tag in base.tags()]
-    rows.append(row("macro mean", base.tags(), [scores.overall for scores in columns.values()]))
-    rows.append(row("mean of images", base.tags(), [scores.micro for scores in columns.values()]))
-    return _aligned(rows, num_right=len(rows[0]) - 1 - len(columns))
+    for tag in base.tags():
+        told = [f"{corrected[tag]:.4f}"] if corrected else []
+        rows.append([*row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]), *told])
+    rest = [""] if corrected else []
+    rows.append([*row("macro mean", base.tags(), [scores.overall for scores in columns.values()]), *rest])
+    rows.append([*row("mean of images", base.tags(), [scores.micro for scores in columns.values()]), *rest])
+    return _aligned(rows, num_right=2 + bool(meanings))
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, num_right: int) -> str:

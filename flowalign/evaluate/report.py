@@ -108,6 +108,14 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """A part of the run's floating-point operations."""
+
+    name: str
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Any other table; every cell is text, the first of a row is its header."""
 
@@ -141,6 +149,7 @@ class Report:
         charts: Curves of the run.
         charts_title: What stands over them.
         shares: Where the time went.
+        work: Where the floating-point operations went.
         tables: Drift and whatever else is tabular.
         command: The exact command.
         configuration: The resolved configuration, YAML.
@@ -159,6 +168,7 @@ class Report:
     charts: Sequence[Chart] = ()
     charts_title: str = "The run"
     shares: Sequence[Share] = ()
+    work: Sequence[Work] = ()
     tables: Sequence[Table] = ()
     command: str = ""
     configuration: str = ""
@@ -210,6 +220,7 @@ def render(report: Report) -> str:
         cards=[_card(comparison, report.names) for comparison in report.comparisons],
         drawings=drawings,
         total_seconds=sum(share.seconds for share in report.shares),
+        total_flops=sum(part.flops for part in report.work),
     )
 
 

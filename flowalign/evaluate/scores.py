@@ -50,14 +50,26 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Scores):
-    """Tuned minus base on the same prompts and seeds; ``p_value`` is two-sided, for the overall difference."""
+    """Tuned minus base on the same prompts and seeds.
+
+    Attributes:
+        p_value: Two-sided, for the overall difference.
+        p_value_per_tag: The same for the difference of each tag alone, not corrected for their number.
+    """
 
     p_value: float
+    p_value_per_tag: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
-        """Return ``mean``, ``low``, ``high`` and ``p_value`` of the macro difference, and ``micro`` and ``per_tag`` as in a score."""
+        """Return ``mean``, ``low``, ``high`` and ``p_value`` of the macro difference, and ``micro``, ``per_tag`` and ``p_value_per_tag``."""
         parts = super().as_dict()
-        return {**self.overall.as_dict(), "p_value": self.p_value, "micro": parts["micro"], "per_tag": parts["per_tag"]}
+        return {
+            **self.overall.as_dict(),
+            "p_value": self.p_value,
+            "micro": parts["micro"],
+            "per_tag": parts["per_tag"],
+            "p_value_per_tag": dict(self.p_value_per_tag),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

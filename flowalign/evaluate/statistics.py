@@ -8,7 +8,7 @@ that resamples prompts within each tag; they speak of new prompts of the same ki
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -84,7 +84,8 @@ def paired_difference(
     """Estimate tuned minus base on the same prompts and the same noise, with intervals and a permutation test.
 
     The p-value is that of a sign-flip test on the differences of prompts, so that it too takes the prompt as the unit. (McNemar's test on
-    pooled images rejects true null hypotheses in 7 to 17 % of cases instead of 5 %.) It cannot fall below ``1 / (draws + 1)``.
+    pooled images rejects true null hypotheses in 7 to 17 % of cases instead of 5 %.) It cannot fall below ``1 / (draws + 1)``. Tags have p-values of
+    their own, which :func:`holm` corrects where several are looked at.
 
     Args:
         base: One score for each image of the first model.
@@ -113,33 +114,35 @@ def paired_difference(
         num_prompts=scores.num_prompts,
         num_images=scores.num_images,
         p_value=_sign_flip(tags, draws=draws, seed=seed),
+        p_value_per_tag={tag.name: _sign_flip([tag], draws=draws, seed=seed) for tag in tags},
     )
 
 
-def verdict(difference: Difference, *, resolution: float) -> str:
-    """Say in words what a paired difference shows, and how many images would show one of ``resolution``.
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values of several tests so that the chance of any false finding among them stays what it is for one.
 
-    Something is shown where interval and test agree: few prompts make intervals that are too narrow, and the sign-flip test knows how few they are.
-
-    The number scales the interval at hand with the square root of the number of prompts, at as many images a prompt.
+    Args:
+        p_values: By name, each in [0, 1]; the tests may depend on each other.
 
     Raises:
-        ValueError: If the resolution is not positive.
+        ValueError: If one is no probability.
+
+    References:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6, 1979.
+
+    Examples:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+        {'a': 0.03, 'b': 0.06, 'c': 0.06}
     """
-    if not resolution > 0:
-        raise ValueError(f"resolution: got {resolution}, needed a positive difference of scores")
-    found = difference.overall
-    if found.low is None or found.high is None:
-        return f"undecided: {found.mean:+.3f}, but a tag with one prompt allows no interval; evaluate more prompts"
-    apart = found.low > 0 or found.high < 0
-    word = "undecided" if not apart or difference.p_value >= 0.05 else "better" if found.low > 0 else "worse"
-    said = f"{word}: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{'' if apart else ' covers 0'}, sign-flip p = {difference.p_value:.4f}"
-    if apart and word == "undecided":
-        said += " (too few prompts)"
-    num = sum(difference.num_images.values())
-    half = (found.high - found.low) / 2
-    wanted = max(math.ceil(num * (half / resolution) ** 2), 1)
-    return f"{said}; {num} images resolve +-{half:.3f}, and +-{resolution:g} needs about {wanted} (more prompts of the same kinds)"
+    bad = next((name for name, value in p_values.items() if not 0 <= value <= 1), None)
+    if bad is not None:
+        raise ValueError(f"p_values: {bad}: got {p_values[bad]}, needed a value in [0, 1]")
+    corrected: dict[str, float] = {}
+    least = 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[name]))
+        corrected[name] = least
+    return {name: corrected[name] for name in p_values}
 
 
 def seed_spread(values: Sequence[float]) -> Spread:

@@ -18,7 +18,8 @@ from flowalign.core.randomness import normal
 from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
 from flowalign.estimators.diversity import group_novelty
 from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
-from flowalign.train.journal import Clock
+from flowalign.train.journal import HIDDEN, Clock
+from flowalign.train.overlap import Scorers, StepScores
 from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward, RewardTable, score
@@ -94,6 +95,7 @@ class Collector:
         check_needs(self.estimator.needs, plan, len(self.metrics))
         self.state = self.estimator.init()
         self.evaluations: Counter[str] = Counter()
+        self.scorers = Scorers(self.rewards, self.accelerator.device)
 
     def collect(self, step: int) -> Collected:
         """Sample this rank's images of a step, score them and compare them with those of all ranks."""
@@ -107,9 +109,11 @@ class Collector:
         mine = [prompts[i] for i in group.tolist()]
         uid = torch.tensor([prompt.uid for prompt in mine])
         with self.clock.phase("rollout"):
-            sampled = self._sample(step, plan, mine, uid, sample_number(group, member))
+            scores = self.scorers.begin()
+            sampled = self._sample(step, plan, mine, uid, sample_number(group, member), scores)
         with self.clock.phase("reward"):
-            table = score(self.rewards, sampled.images, sampled.prompts, sampled.metadata)
+            table, hidden = scores.finish(sampled.images, sampled.prompts, sampled.metadata)
+            self.clock.add(HIDDEN, hidden)
             extra = self._extra_tables(sampled)
             names, measured = self._measure(sampled)
         with self.clock.phase("advantage"):
@@ -145,7 +149,7 @@ class Collector:
             latents=sampled.trajectory.x0,
         )
 
-    def _sample(self, step: int, plan: Plan, prompts: Sequence[PromptLike], uid: Tensor, number: Tensor) -> Sampled:
+    def _sample(self, step: int, plan: Plan, prompts: Sequence[PromptLike], uid: Tensor, number: Tensor, scores: StepScores) -> Sampled:
         def initial(purpose: str) -> Tensor:
             return normal(self.pipeline.event_shape, seed=self.seed, purpose=purpose, step=step, prompts=uid, samples=number)
 
@@ -156,6 +160,24 @@ class Collector:
             return torch.stack(drawn, 1).flatten(0, 1)
 
         cond = self.pipeline.encode([prompt.text for prompt in prompts])
+        everyone = [prompt for prompt in prompts for _ in range(plan.num_leaves)]
+        texts, records = [prompt.text for prompt in everyone], [prompt.metadata for prompt in everyone]
+        done: list[tuple[Tensor, Tensor]] = []  # images with their rows
+        held: list[tuple[Tensor, Tensor]] = []  # final states that wait to be decoded together, with their rows
+
+        def hand_over() -> None:
+            if held:
+                x0, rows = (torch.cat(column) for column in zip(*held, strict=True))
+                held.clear()
+                images = self.pipeline.decode(x0)
+                done.append((images, rows))
+                scores.hand_over(rows, images, *([column[row] for row in rows.tolist()] for column in (texts, records)))
+
+        def ended(x0: Tensor, rows: Tensor) -> None:
+            held.append((x0, rows))
+            if sum(len(rows) for _, rows in held) >= self.config.rollout_batch_size:
+                hand_over()
+
         trajectory = self.pipeline.rollout(
             cond,
             plan,
@@ -163,16 +185,18 @@ class Collector:
             noise=noise,
             batch_size=self.config.rollout_batch_size,
             role=self.algorithm.behaviour,
+            ended=ended,
         )
+        hand_over()
         self.evaluations["rollout"] += trajectory.evaluations
-        everyone = [prompt for prompt in prompts for _ in range(plan.num_leaves)]
+        images, rows = (torch.cat(column) for column in zip(*done, strict=True))
         return Sampled(
             cond=cond.take(torch.arange(len(prompts)).repeat_interleave(plan.num_leaves)),
             plan=plan,
             trajectory=trajectory,
-            images=self.pipeline.decode(trajectory.x0),
-            prompts=[prompt.text for prompt in everyone],
-            metadata=[prompt.metadata for prompt in everyone],
+            images=images[torch.argsort(rows).to(images.device)],
+            prompts=texts,
+            metadata=records,
         )
 
     def _extra_tables(self, sampled: Sampled) -> dict[str, Tensor]:
@@ -200,7 +224,7 @@ class Collector:
 
         An evaluation is of one state; under guidance the network computes ``rows_per_evaluation`` rows for it.
         """
-        names = ("rollout", "completion", "train", *self.algorithm.roles)
+        names = ("rollout", "completion", "train", "monitor", *self.algorithm.roles)
         return counted(self.evaluations, names, self.accelerator, self.pipeline.rows_per_evaluation)
 
     def _measure(self, sampled: Sampled) -> tuple[tuple[str, ...], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowalign.core.algorithm import CURRENT, WINDOW, Algorithm, Experience, HasHeads, NeverReady, Rows, Update, Velocity
+from flowalign.core.algorithm import CURRENT, REFERENCE, WINDOW, Algorithm, Experience, HasHeads, NeverReady, Rows, Update, Velocity
 from flowalign.core.decays import ema_warmup
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
@@ -23,6 +23,7 @@ from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
+from flowalign.train.distance import distance_to_base, is_measured
 from flowalign.train.journal import Clock, Journal
 from flowalign.train.pairs import PairCollector
 from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
@@ -59,6 +60,7 @@ class Trainer:
         accelerator: Devices and ranks.
         after_step: Called with the finished step's line and images, on every rank.
         teacher: Of a distillation, the pipeline with the teacher's guidance; None for the same.
+        distance_every: Steps between looks at the distance to the base, where no penalty measures it; None for none.
     """
 
     pipeline: Pipeline
@@ -73,6 +75,7 @@ class Trainer:
     metrics: Sequence[Metric] = ()
     after_step: Callable[[dict[str, Any], Tensor], None] | None = None
     teacher: Pipeline | None = None
+    distance_every: int | None = None
 
     def __post_init__(self) -> None:
         """Set up the collector, roles, optimizer and the wrapped network."""
@@ -343,7 +346,7 @@ class Trainer:
             "advantage": {} if found.advantages is None else dict(found.advantages.stats),
             "grad_norm": metrics.pop("grad_norm", 0.0),
             "metrics": metrics,
-            "monitor": self._norms(found),
+            "monitor": self._norms(found) | self._distance(step, found, metrics),
             "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
@@ -361,6 +364,15 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
         return dict(zip(("latent_rms", "velocity_rms"), means.sqrt().tolist(), strict=False))
+
+    def _distance(self, step: int, found: Collected, metrics: dict[str, float]) -> dict[str, float]:
+        """Measure the distance to the base once in a few steps, where no penalty does and the base is at hand."""
+        every = self.distance_every
+        if every is None or step % every or is_measured(metrics) or REFERENCE not in self.pipeline.roles.names:
+            return {}
+        if not isinstance(found.experience, Experience):
+            return {}
+        return {"distance": self._average(float(distance_to_base(found.velocity, found.experience, seed=self.seed, step=step)))}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; randomness is keyed and needs no state."""

@@ -23,6 +23,9 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+HIDDEN = "reward_hidden"  # seconds for which rewards were computed while something else was done; no part of the total
+
+
 class Clock:
     """Wall time of the phases of a step, in seconds."""
 
@@ -38,6 +41,10 @@ class Clock:
             yield
         finally:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere."""
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """Return the phases and the whole since the last call, and begin anew."""
@@ -96,10 +103,15 @@ def status(line: Mapping[str, Any]) -> str:
         for name in ("distance/reference", "kl/reference", "ratio", "clip_fraction")
         if name in metrics
     ]
+    if "distance" in line.get("monitor", {}):
+        shown.append(f"distance {line['monitor']['distance']:.4f}")
     if "ratio_gap_first" in metrics:
         shown.append(f"gap {metrics['ratio_gap_first']:.1e}")
     spent = line["time_s"]
     shares = " ".join(f"{name} {100 * spent[name] / spent['total']:.0f}%" for name in ("rollout", "reward", "train") if name in spent)
+    if spent.get(HIDDEN, 0.0) > 0:
+        # Of all scoring, how much cost no time.
+        shares += f", {100 * spent[HIDDEN] / (spent[HIDDEN] + spent['reward']):.0f}% of scoring hidden"
     if "alarm" in line:
         shown.append(f"ALARM x{len(line['alarm'])}")
     speed = f"{line['images'] / spent['total']:.1f} images/s"

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from flowalign.core.algorithm import CURRENT
 from flowalign.core.plans import Plan
-from flowalign.core.rollout import Trajectory
+from flowalign.core.rollout import Ended, Trajectory
 
 
 class Roles(Protocol):
     """Versions of the trained network."""
+
+    names: list[str]
 
     def add(self, name: str, *, trained: bool = False) -> None: ...
     def use(self, name: str) -> AbstractContextManager[nn.Module]: ...
@@ -52,6 +54,7 @@ class Pipeline(Protocol):
         batch_size: int | None = None,
         start: int = 0,
         role: str = CURRENT,
+        ended: Ended | None = None,
     ) -> Trajectory: ...
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
     def guide(self, x: Tensor, sigma: Tensor, cond: Any, conditional: Tensor) -> Tensor: ...

@@ -45,6 +45,19 @@ class Submits(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoresAlone(Protocol):
+    """A reward whose score of an image depends on no other image of the call, where ``scores_alone`` is true."""
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether it may be given a step's images in parts, as they are done."""
+        ...
+
+
+Result = Tensor | Scores
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedReward:
     """A reward of a run: its name in logs, and whether NaN may mean "not computed"."""
@@ -52,6 +65,11 @@ class NamedReward:
     name: str
     reward: Reward
     may_skip: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it may be given a step's images in parts."""
+        return isinstance(self.reward, ScoresAlone) and self.reward.scores_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +118,55 @@ def score(rewards: Sequence[NamedReward], images: Tensor, prompts: list[str], me
     Raises:
         ValueError: If a reward returns something else, the wrong length or a value that is not finite; reward, sample and prompt are named.
     """
+    waiting = {i: entry.reward.submit(images, prompts, metadata) for i, entry in enumerate(rewards) if isinstance(entry.reward, Submits)}
+    here = {i: entry.reward(images, prompts, metadata) for i, entry in enumerate(rewards) if i not in waiting}
+    results = [waiting[i]() if i in waiting else here[i] for i in range(len(rewards))]
+    return to_table(rewards, [([result], None) for result in results], prompts)
+
+
+def to_table(
+    rewards: Sequence[NamedReward], results: Sequence[tuple[Sequence[Result], Tensor | None]], prompts: Sequence[str]
+) -> RewardTable:
+    """Check what rewards returned and join it.
+
+    Args:
+        rewards: The rewards.
+        results: Of each what it returned for parts of the images, and the order that puts their rows, one part after the other, into that of the
+            prompts; None where they are.
+        prompts: One text for each image.
+
+    Raises:
+        ValueError: As :func:`score`.
+    """
     names: list[str] = []
     columns: list[Tensor] = []
     clauses = valid = None
-    waiting = {i: entry.reward.submit(images, prompts, metadata) for i, entry in enumerate(rewards) if isinstance(entry.reward, Submits)}
-    here = {i: entry.reward(images, prompts, metadata) for i, entry in enumerate(rewards) if i not in waiting}
-    for i, entry in enumerate(rewards):
-        result = waiting[i]() if i in waiting else here[i]
-        if isinstance(result, Tensor):
-            names.append(entry.name)
-            columns.append(_check(entry.name, result, prompts, entry.may_skip))
-            continue
-        if not isinstance(result, Scores):
-            raise ValueError(f"reward {entry.name!r}: returned {type(result).__name__}, needed a tensor [batch] or an object with 'values'")
-        for column, values in result.values.items():
-            names.append(entry.name if len(result.values) == 1 else f"{entry.name}/{column}")
-            columns.append(_check(names[-1], values, prompts, entry.may_skip))
-        if clauses is None and result.clauses is not None:
-            clauses, valid = result.clauses, result.clauses_valid
+    for entry, (parts, order) in zip(rewards, results, strict=True):
+        values, found, asked = _joined(entry.name, parts, order)
+        for column, told in values.items():
+            names.append(entry.name if len(values) == 1 else f"{entry.name}/{column}")
+            columns.append(_check(names[-1], told, prompts, entry.may_skip))
+        if clauses is None and found is not None:
+            clauses, valid = found, asked
     return RewardTable(names=tuple(names), values=torch.stack(columns, 1), clauses=clauses, clauses_valid=valid)
+
+
+def _joined(name: str, parts: Sequence[Result], order: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Join the parts of one reward's result: its columns, clauses and which of them are asked."""
+
+    def cat(tables: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat([torch.as_tensor(table) for table in tables]) if len(tables) > 1 else torch.as_tensor(tables[0])
+        return rows if order is None or len(rows) != len(order) else rows[order.to(rows.device)]
+
+    odd = next((part for part in parts if not isinstance(part, Tensor | Scores)), None)
+    if odd is not None:
+        raise ValueError(f"reward {name!r}: returned {type(odd).__name__}, needed a tensor [batch] or an object with 'values'")
+    plain = [part for part in parts if isinstance(part, Tensor)]
+    if len(plain) == len(parts):
+        return {"": cat(plain)}, None, None
+    told = [part for part in parts if not isinstance(part, Tensor)]
+    values = {column: cat([part.values[column] for part in told]) for column in told[0].values}
+    clauses = [part.clauses for part in told if part.clauses is not None]
+    valid = [part.clauses_valid for part in told if part.clauses_valid is not None]
+    whole = len(clauses) == len(valid) == len(parts)
+    return values, cat(clauses) if whole else None, cat(valid) if whole else None

@@ -10,8 +10,9 @@ from flowalign.core.randomness import generator
 from flowalign.evaluate.geneval_suite import GenEvalSuite
 from flowalign.evaluate.prompt_suite import PromptSuite
 from flowalign.evaluate.records import compare, read_evaluation, table
-from flowalign.evaluate.statistics import paired_difference, verdict
+from flowalign.evaluate.statistics import paired_difference
 from flowalign.evaluate.suites import run_suite, suite
+from flowalign.evaluate.verdicts import verdict
 from flowalign.rewards.geneval_prompts import official
 from flowalign.rewards.geneval_rules import Found, judge
 from flowalign.suite_options import suite_options

@@ -9,6 +9,7 @@ import yaml
 
 from flowalign import images
 from flowalign.cli import main
+from flowalign.compute import flops_by_purpose
 from flowalign.config import ConfigError
 from flowalign.run_report import report_runs
 
@@ -48,6 +49,39 @@ def test_several_runs_share_charts_and_show_their_differences(tmp_path, capsys):
     text = (tmp_path / "both.html").read_text()
     assert "train.learning_rate: 0.0001 -&gt; 0.0003" in text
     assert "Alarms in: a." in text
+
+
+def with_costs(folder, *, rollout):
+    lines = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"images": 16, "flops_per_row": 1e6}
+        line["evaluations"] = {"rollout": rollout, "train": 100, "reference": 100, "total": rollout + 200, "rows_per_evaluation": 2}
+        line["time_s"] |= {"reward": 0.25, "reward_hidden": 0.75}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_what_a_run_cost_stands_in_its_report(tmp_path):
+    run = with_costs(make_run(tmp_path / "a"), rollout=600)
+    log = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    # Rows of 12 steps, two of an evaluation; training's have a backward, which costs two forwards more.
+    assert flops_by_purpose(log) == {"rollout": 12 * 1200e6, "training, with backward": 12 * 600e6, "base, for penalties": 12 * 200e6}
+    text = report_runs([run]).read_text()
+    for wanted in (
+        "Where the floating-point operations went",
+        "2.4e+10",
+        "60.0 %",
+        "30.0 %",
+        "10.0 %",
+        "9.0 s, 75 % of it",
+        "What it cost",
+        "9,600",
+    ):
+        assert wanted in text
+    both = report_runs([run, with_costs(make_run(tmp_path / "b"), rollout=1600)], tmp_path / "both.html").read_text()
+    assert "80.0 %" in both
+    assert "60.0 %" in both
+    assert flops_by_purpose([{"evaluations": {"rollout": 3, "total": 3, "rows_per_evaluation": 1}}]) == {}
 
 
 def test_grids_over_time_are_spread_over_the_run_and_end_with_its_last(tmp_path):

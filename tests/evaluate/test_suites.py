@@ -170,12 +170,16 @@ def test_models_of_other_prompts_or_other_noise_are_not_compared():
         compare(base, _evaluation([True] * 16, first_id=1))
 
 
-def test_the_table_shows_base_tuned_and_difference_for_each_tag():
-    text = table(_evaluation([False] * 16), _evaluation([True] * 8 + [True, False] * 4))
-    assert text.splitlines() == [
-        "tag             prompts  images  base                  tuned                 difference",
-        "a                     4       8  0.000 [0.000, 0.000]  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]",
-        "b                     4       8  0.000 [0.000, 0.000]  0.500 [0.500, 0.500]  0.500 [0.500, 0.500]",
+def test_the_table_shows_base_tuned_difference_and_corrected_p_values_for_each_tag():
+    base, tuned = _evaluation([False] * 16), _evaluation([True] * 8 + [True, False] * 4)
+    found = compare(base, tuned)["strict"].p_value_per_tag
+    # Four differences of one sign: 2 of 16 flips are as extreme. Two tests, so Holm doubles the smaller.
+    assert [found["a"], found["b"]] == pytest.approx([1 / 8, 1 / 8], abs=0.01)
+    p = f"{2 * min(found.values()):.4f}"
+    assert table(base, tuned).splitlines() == [
+        "tag             prompts  images  base                  tuned                 difference            p, Holm over tags",
+        f"a                     4       8  0.000 [0.000, 0.000]  1.000 [1.000, 1.000]  1.000 [1.000, 1.000]  {p}",
+        f"b                     4       8  0.000 [0.000, 0.000]  0.500 [0.500, 0.500]  0.500 [0.500, 0.500]  {p}",
         "macro mean            8      16  0.000 [0.000, 0.000]  0.750 [0.750, 0.750]  0.750 [0.750, 0.750]",
         "mean of images        8      16  0.000 [0.000, 0.000]  0.750 [0.750, 0.750]  0.750 [0.750, 0.750]",
     ]

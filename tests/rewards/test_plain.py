@@ -89,3 +89,13 @@ def test_several_rewards_are_kept_raw_side_by_side():
     assert table.names == ("length", "size")
     assert table.values[:, 0].tolist() == [1, 2, 3]
     assert bool((table.values[:, 1] < -0.1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_images_are_rounded_to_bytes_as_one_formula_says_whatever_their_layout(dtype):
+    from flowalign.rewards.pixels import to_bytes
+
+    images = (torch.rand(3, 3, 130, 90, generator=torch.Generator().manual_seed(0)) * 1.002 - 0.001).to(dtype)
+    images[0, 0, 0, :4] = torch.tensor([0.5 / 255, 1.5 / 255, 1.0, 0.0])  # halves go to the even byte
+    for seen in (images, images.permute(0, 1, 3, 2), images[:, :, ::2], images[:0], images.clone().requires_grad_()):
+        assert torch.equal(to_bytes(seen), (seen.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))

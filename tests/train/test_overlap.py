@@ -1,0 +1,169 @@
+"""Scoring beside the rollout: who is given what and when, the same scores in the same order, and what is logged of it."""
+
+import threading
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flowalign import run
+from flowalign.core.randomness import generator
+from flowalign.rewards.plain import PlainReward
+from flowalign.run_config import load_config
+from flowalign.train.journal import read_log, status
+from flowalign.train.overlap import Scorers, _union
+from flowalign.train.scoring import NamedReward, score
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(6, 3, 4, 4, generator=generator(0))
+PROMPTS = [f"prompt {i}" for i in range(6)]
+RECORDS = [{"number": i} for i in range(6)]
+
+
+def alone(function):
+    function.scores_alone = True
+    return NamedReward(name=function.__name__, reward=PlainReward(function))
+
+
+def hand_over(scores, *parts):
+    for rows in parts:
+        scores.hand_over(torch.tensor(rows), IMAGES[rows], [PROMPTS[i] for i in rows], [RECORDS[i] for i in rows])
+
+
+def test_parts_are_scored_while_the_next_are_sampled_and_the_rest_at_the_end():
+    seen, first_is_done = [], threading.Event()
+
+    def bright(prompts, images):
+        seen.append(("bright", prompts))
+        first_is_done.set()
+        return images.mean((1, 2, 3))
+
+    def relative(images):
+        seen.append(("relative", len(images)))
+        return images.mean((1, 2, 3)) - images.mean()
+
+    rewards = [NamedReward(name="relative", reward=PlainReward(relative)), alone(bright)]
+    expected = score(rewards, IMAGES, PROMPTS, RECORDS)
+    seen.clear()
+    first_is_done.clear()
+    scores = Scorers(rewards, CPU).begin()
+    hand_over(scores, [4, 1])
+    assert first_is_done.wait(10)  # before the rest is there
+    hand_over(scores, [0, 5], [3, 2])
+    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    assert [what for name, what in seen if name == "bright"] == [
+        ["prompt 4", "prompt 1"],
+        ["prompt 0", "prompt 5"],
+        ["prompt 3", "prompt 2"],
+    ]
+    assert [what for name, what in seen if name == "relative"] == [6]
+    assert table.names == expected.names == ("relative", "bright")
+    assert torch.equal(table.values, expected.values)
+
+
+def test_clauses_and_columns_of_parts_are_joined_in_order():
+    class Judge:
+        scores_alone = True
+
+        def __call__(self, images, prompts, metadata):
+            numbers = torch.tensor([float(record["number"]) for record in metadata])
+            from tests.train.brightness import Scores
+
+            return Scores(values={"a": numbers, "b": -numbers}, clauses=numbers[:, None], clauses_valid=numbers[:, None] > 2)
+
+    scores = Scorers([NamedReward(name="judge", reward=Judge())], CPU).begin()
+    hand_over(scores, [5, 0], [2, 1, 3, 4])
+    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    assert table.names == ("judge/a", "judge/b")
+    assert table.values[:, 0].tolist() == table.clauses[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert table.clauses_valid[:, 0].tolist() == [False] * 3 + [True] * 3
+
+
+def test_a_reward_elsewhere_is_asked_for_each_part_at_once_and_waited_for_at_the_end():
+    sent, answer = [], threading.Event()
+
+    class Far:
+        scores_alone = True
+
+        def submit(self, images, prompts, metadata):
+            sent.append(len(images))
+            return lambda: answer.wait(10) and images.mean((1, 2, 3))
+
+    scores = Scorers([NamedReward(name="far", reward=Far())], CPU).begin()
+    hand_over(scores, [1, 0, 2], [3, 4, 5])
+    assert sent == [3, 3]
+    answer.set()
+    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    assert torch.allclose(table.values[:, 0], IMAGES.mean((1, 2, 3)).double())
+
+
+def test_what_is_hidden_is_the_time_that_nobody_waited():
+    def slow(images):
+        time.sleep(0.2)
+        return [0.0] * len(images)
+
+    scorers = Scorers([alone(slow)], CPU)
+    scores = scorers.begin()
+    hand_over(scores, [0, 1, 2])
+    time.sleep(0.3)  # the next part is sampled
+    hand_over(scores, [3, 4, 5])
+    began = time.perf_counter()
+    _, hidden = scores.finish(IMAGES, PROMPTS, RECORDS)
+    assert hidden == pytest.approx(0.2, abs=0.08)
+    assert time.perf_counter() - began > 0.1  # the last part is waited for, and not hidden
+    assert _union([(3, 4), (0, 1), (0.5, 2), (4, 5)]) == [(0, 2), (3, 5)]
+
+
+def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_step():
+    def broken(prompts, images):
+        return [float("nan") if prompt == "prompt 1" else 0.0 for prompt in prompts]
+
+    scores = Scorers([alone(broken)], CPU).begin()
+    hand_over(scores, [4, 1, 5], [0, 2, 3])
+    with pytest.raises(ValueError, match=r"reward 'broken': returned nan for sample 1 \(prompt 'prompt 1'\)"):
+        scores.finish(IMAGES, PROMPTS, RECORDS)
+
+
+calls = []
+
+
+def counted(images):
+    calls.append((len(images), threading.current_thread().name, torch.get_num_threads()))
+    return images.mean((1, 2, 3))
+
+
+counted.scores_alone = True
+
+
+@pytest.mark.parametrize("algorithm", [{"type": "awm"}, {"type": "flow_grpo", "depths": [1, 2]}])
+def test_a_run_scores_its_rollout_in_parts_and_finds_what_it_finds_of_all_at_once(write_config, algorithm):
+    rewards = [
+        {"reward": "tests.train.test_overlap.counted"},
+        {"reward": {"type": "shapes", "strict": 0.0}},
+        {"reward": "tests.train.brightness"},
+    ]
+    train = {"groups": 2, "group_size": 4, "rollout_batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2}
+    path = write_config(rewards=rewards, train=train, algorithm=algorithm)
+    trainer = run.build_trainer(load_config(str(path)), Accelerator())
+    calls.clear()
+    found = trainer.collect(0)
+    sizes, threads, nums = zip(*calls, strict=True)
+    assert len(sizes) > 1
+    assert sum(sizes) == len(found.images)
+    assert all(name.startswith("rewards") for name in threads)
+    assert set(nums) == {torch.get_num_threads()}
+    texts = [prompt.text for prompt in trainer.draw(0) for _ in range(len(found.images) // 2)]
+    records = [prompt.metadata for prompt in trainer.draw(0) for _ in range(len(found.images) // 2)]
+    expected = score(trainer.rewards, found.images, texts, records)
+    assert found.rewards.names == expected.names
+    assert torch.equal(found.rewards.values, expected.values)
+
+
+def test_the_hidden_time_is_logged_and_shown(write_config):
+    path = write_config(steps=1, rewards=[{"reward": "tests.train.test_overlap.counted"}])
+    run.train(str(path))
+    (line,) = read_log(load_config(str(path)).output / "log.jsonl")
+    assert line["time_s"]["reward_hidden"] >= 0
+    line["time_s"] |= {"reward_hidden": 3.0, "reward": 1.0}
+    assert "75% of scoring hidden" in status(line)
