@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class FlowPipeline:
         # The text encoders are woken once for all new prompts, and not at all where there is none.
         with self.resting.awake(text=not self._encoded.keys() >= set(distinct)):
             for prompt in distinct:
-                self._encoded[prompt] = self._encoded.pop(prompt, None) or self._encode(prompt)
+                self._encoded[prompt] = self._encoded.pop(prompt) if prompt in self._encoded else self._encode(prompt)
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
         rows = [self._encoded[prompt] for prompt in distinct]
@@ -265,7 +265,7 @@ class FlowPipeline:
         with self.roles.use(role) as network, torch.no_grad():
             return self.replayed(network, x, sigma, cond)
 
-    def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def replayed(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Replay a network that is given, as it is; see ``velocity``."""
         _, replay, _ = self.learnt()
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))

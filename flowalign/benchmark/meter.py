@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from flowalign.train.flops import flops_of
 
 _DIFFERENTIATED = 3.0  # a backward costs two forwards: one for the inputs, one for the weights
 
@@ -76,10 +77,10 @@ class Meter:
             return
         rows = len(output[0] if isinstance(output, tuple) else output.sample)
         if not self.flops_per_row:
-            with self.pause(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            plain, named = [_detached(value) for value in args], {name: _detached(value) for name, value in kwargs.items()}
+            with self.pause(), torch.no_grad():
                 # Past the module's own hooks: others than this one watch it too.
-                module.forward(*[_detached(value) for value in args], **{name: _detached(value) for name, value in kwargs.items()})
-            self.flops_per_row = counter.get_total_flops() / rows
+                self.flops_per_row = flops_of(lambda: module.forward(*plain, **named)) / rows
         if torch.is_grad_enabled():
             self.trained += rows
         else:

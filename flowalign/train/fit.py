@@ -23,7 +23,9 @@ from flowalign.estimators import Estimator
 from flowalign.train import checkpoint
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
+from flowalign.train.flops import measure
 from flowalign.train.journal import Clock, Journal
+from flowalign.train.memory import exhausted
 from flowalign.train.pairs import PairCollector
 from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
 from flowalign.train.protocols import Pipeline, PromptLike
@@ -76,7 +78,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Set up the collector, roles, optimizer and the wrapped network."""
-        self.clock = Clock()
+        on_device = self.accelerator.device.type == "cuda"
+        self.clock = Clock(wait=torch.cuda.synchronize if on_device else None)
         self.collector = self._collector()
         for role in self.algorithm.roles:
             self.pipeline.roles.add(role)
@@ -409,6 +412,7 @@ class Trainer:
             Interrupted: If asked to stop (Ctrl-C or SIGTERM); the finished steps are saved, and the same call goes on.
             FloatingPointError: If a loss or gradient is not finite.
             Alarmed: At an alarm, where the configuration says so; the finished steps are saved.
+            Exhausted: If the device's memory does not suffice.
         """
         main = self.accelerator.is_main_process
         found = checkpoint.load_newest(self.folder / "checkpoints")
@@ -422,17 +426,23 @@ class Trainer:
                 self.clock.take()
                 for step in range(start, steps):
                     try:
+                        if step == start:
+                            utilisation = measure(self.pipeline, self.accelerator, self.config.peak_tflops)
+                            self.clock.take()
                         line = self.step(step)
                     except ConnectionError:
                         # A reward server is gone, before anything of this step moved: what was trained must not be lost with it.
                         if main and step > start and step % self.config.checkpoint_every:
                             checkpoint.save(self.folder / "checkpoints", step, self.state_dict(), keep=self.config.keep_checkpoints)
                         raise
+                    except torch.OutOfMemoryError as error:
+                        raise exhausted(error, step, self.clock.phases) from error
                     alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
                     stopping = self._anywhere(stop.is_set()) or alarmed
                     if self.best is not None and self.best.look(line) and main:
                         checkpoint.save(self.folder / "best", step + 1, {"roles": self.pipeline.roles.state_dict()}, keep=1)
                     line["time_s"] = self.clock.take()
+                    line |= utilisation.of(line["evaluations"], line["time_s"], num_devices=self.accelerator.num_processes)
                     # The log first: a line without its checkpoint is dropped on resuming, a checkpoint without its line would lose it.
                     if journal is not None:
                         journal.write(line)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from flowalign.core.algorithm import CURRENT
@@ -32,6 +33,7 @@ class Pipeline(Protocol):
     module: nn.Module
     modules: dict[str, nn.Module]
     num_steps: int
+    dtype: torch.dtype
 
     @property
     def roles(self) -> Roles: ...
@@ -52,6 +54,7 @@ class Pipeline(Protocol):
         role: str = CURRENT,
     ) -> Trajectory: ...
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, role: str = CURRENT) -> Tensor: ...
+    def replayed(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, cond: Any) -> Tensor: ...
     def look(self, x: Tensor, sigma: Tensor, cond: Any, role: str) -> tuple[Tensor, Tensor]: ...
     def tap(
         self, x: Tensor, sigma: Tensor, cond: Any, places: Sequence[float | str], *, whole: bool

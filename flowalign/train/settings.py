@@ -33,6 +33,8 @@ class TrainConfig:
             five steps is kept, and written to ``best_weights`` at the end; null for none.
         stop_on_alarm: Stop, with the state saved, at the first alarm: a sign of reward hacking, or of a student that falls apart.
         sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.
+        peak_tflops: Peak of a device, which the logged utilisation is a share of; "measured" times matrix products at the start, null looks the device
+            up. CPUs and devices that are not known have no share; what they do in a second is logged all the same.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
     """
 
@@ -52,6 +54,7 @@ class TrainConfig:
     keep_best_by: str | None = None
     stop_on_alarm: bool = False
     sample_every: int = 20
+    peak_tflops: float | Literal["measured"] | None = None
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class TrainConfig:
             raise ValueError(f"train.weight_decay: got {self.weight_decay}, needed a number of at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas: got {list(self.betas)}, needed two values in [0, 1)")
+        if isinstance(self.peak_tflops, float) and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f'train.peak_tflops: got {self.peak_tflops}, needed a positive number, "measured" or null')
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")
 
