@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowalign.core.algorithm import CURRENT
 from flowalign.train.protocols import Pipeline
+from flowalign.train.sharding import is_sharded
 
 # Dense TFLOP/s of matrix products as the makers state them (without sparsity): half precision, and float32 without TensorFloat-32. The first name that is in a
 # device's own name counts.
@@ -110,8 +111,8 @@ def measure(pipeline: Pipeline, accelerator: Accelerator, peak: float | Literal[
     with pipeline.roles.use(CURRENT) as network:
 
         def replay() -> Tensor:
-            # Past the hooks of the network itself: others count its calls, and ranks wait for each other there.
-            return pipeline.replayed(network.forward, x, sigma, cond)
+            # Past the hooks of the network itself, because others count its calls; shared weights are gathered by them, though.
+            return pipeline.replayed(network if is_sharded(network) else network.forward, x, sigma, cond)
 
         forward = flops_of(torch.no_grad()(replay))
         both = flops_of(lambda: replay().sum().backward())

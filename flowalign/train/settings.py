@@ -19,6 +19,7 @@ class TrainConfig:
             of the number of processes, which share each group equally.
         rollout_batch_size: Samples of one call of the pipeline, on each device.
         micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
+        shard: Processes share weights, gradients and moments among each other (FSDP2), instead of each having them all (DDP); one process has them all.
         learning_rate: Of AdamW, constant after the warm-up.
         warmup: Optimizer updates with a linearly rising learning rate.
         betas: Of AdamW.
@@ -42,6 +43,7 @@ class TrainConfig:
     group_size: int = 16
     rollout_batch_size: int = 64
     micro_batch_size: int = 64
+    shard: bool = False
     learning_rate: float = 3e-4
     warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
