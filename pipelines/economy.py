@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 VAE = "vae"
+RECOMPILES = 64
 
 
 class Resting:
@@ -76,7 +77,8 @@ def compile_blocks(denoiser: nn.Module, **options: Any) -> None:
         options: Of ``torch.compile``.
     """
     for block in blocks(denoiser):
-        block.compile(**options)
+        # Blocks of one class share a limit, and each role, kind of block and pass with or without gradient is compiled for itself: torch's own 8 are too few.
+        block.compile(**{"recompile_limit": RECOMPILES} | options)
 
 
 def set_attention(denoiser: Any, backend: str) -> None:

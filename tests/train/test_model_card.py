@@ -39,7 +39,7 @@ def test_the_card_tells_base_scores_settings_and_shows_pictures(write_config, mo
     for name, source in (("samples.png", "step_000012.png"), ("samples_base.png", "base.png")):
         assert f"]({name})" in text
         with Image.open(folder / name) as one, Image.open(config.output / "samples" / source) as two:
-            assert list(one.getdata()) == list(two.getdata())
+            assert one.tobytes() == two.tobytes()
 
 
 def test_all_weights_are_no_lora_and_a_run_without_pictures_shows_none(write_config, model):
