@@ -28,8 +28,12 @@ def check(accelerator: Accelerator, algorithm: Algorithm, *, shard: bool) -> Non
             "accelerate: DeepSpeed trains one network, but this algorithm trains several (a critic, or student, fake score and discriminator); "
             "launch with configs/engines/ddp.yaml"
         )
-    if kind == DistributedType.DEEPSPEED and shard:
-        raise ValueError("train.shard: DeepSpeed shares weights in its own way; leave it false, or launch with configs/engines/ddp.yaml")
+    if kind == DistributedType.DEEPSPEED:
+        # Its engine moves weights inside the backward pass, before the loop has seen whether loss and gradient are finite, and splits what a checkpoint holds.
+        raise ValueError(
+            "accelerate: DeepSpeed is not supported yet; --train.shard true shares weights, gradients and moments as its ZeRO-3 does (launch with "
+            "configs/engines/fsdp2.yaml)"
+        )
     if shard and several:
         raise ValueError(
             "train.shard: got true, but this algorithm trains several networks, which share one copy each; leave it false (DDP)"
