@@ -175,7 +175,8 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             print(f"memory: {_memory(trainer)}")
         trainer.after_step = _after_step(config, accelerator, trainer)
         trainer.fit(config.steps)
-        whole = unshared(_of(trainer))
+        assert isinstance(trainer.pipeline, FlowPipeline)
+        whole = unshared(trainer.pipeline)
         if accelerator.is_main_process:
             whole.save(config.output / "weights", trainer.result, notes=_notes(config))
             model_card.write(config, config.output / "weights", step=config.steps)
@@ -209,11 +210,6 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name} is not installed; pip install 'flowalign-diffusion[{name}]', or remove it")
-
-
-def _of(trainer: Trainer) -> FlowPipeline:
-    assert isinstance(trainer.pipeline, FlowPipeline)
-    return trainer.pipeline
 
 
 def _save_best(trainer: Trainer, config: RunConfig, pipeline: FlowPipeline) -> None:

@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from flowalign import run
+from flowalign.config import ConfigError
 from flowalign.pipelines.roles import LoRA
-from flowalign.run_config import load_config
+from flowalign.run_config import claim_folder, load_config
 from flowalign.train import collect, flops
 from flowalign.train.flops import Utilisation, flops_of, measure, measured_peak, peak_of
 from flowalign.train.journal import Clock, read_log, status
@@ -100,6 +101,14 @@ def test_every_step_logs_what_it_did_in_a_second_and_its_share_of_a_given_peak(w
         assert line["tflops"]["total"] < max(line["tflops"]["rollout"], line["tflops"]["train"])
         assert line["utilisation"] == pytest.approx({name: value / 0.001 for name, value in line["tflops"].items()})
         assert f"{100 * line['utilisation']['total']:.0f}% of peak" in status(line)
+
+
+def test_a_run_goes_on_with_another_peak_and_otherwise_shared_weights(write_config):
+    path = str(write_config(steps=1))
+    assert not claim_folder(load_config(path))
+    assert claim_folder(load_config(path, ["--train.peak_tflops", "2.0", "--train.shard", "true"]))
+    with pytest.raises(ConfigError, match=r"train.learning_rate"):
+        claim_folder(load_config(path, ["--train.learning_rate", "0.5"]))
 
 
 def test_a_cpu_has_no_share_unless_asked(write_config):
