@@ -1,10 +1,7 @@
 """Processes that share weights (FSDP2) or have them all (DDP): the same numbers as one process, and checkpoints that go both ways."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -20,6 +17,7 @@ from flowalign.core.algorithm import HasHeads
 from flowalign.run_config import load_config
 from flowalign.train import engines
 from flowalign.train.journal import read_log
+from tests.train.launch import launch
 
 MODES = ("shared adapters", "shared weights", "adapters")
 AWM = {"type": "awm", "levels": "uniform", "num_levels": 2, "num_minibatches": 1, "reference_penalty": 0.1}
@@ -69,12 +67,8 @@ def runs(tmp_path_factory, model):
     for mode in MODES:
         run.train(str(config(mode, "one")))
         begin_with(place / mode / "one", place / mode / "one then two")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.train.several"]
-    command += [str(config(mode, name)) for mode in MODES for name in ("two", "one then two")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (place / "said.txt").write_text(done.stdout)
+    asked = [str(config(mode, name)) for mode in MODES for name in ("two", "one then two")]
+    (place / "said.txt").write_text(launch(2, "tests.train.several", *asked))
     for mode in MODES:
         begin_with(place / mode / "two", place / mode / "two then one")
         run.train(str(config(mode, "two then one")))
@@ -134,7 +128,7 @@ class Several(HasHeads):
     ("kind", "shard", "algorithm", "message"),
     [
         (DistributedType.FSDP, False, object(), "its own FSDP is switched on; .* --train.shard true"),
-        (DistributedType.DEEPSPEED, False, Several(), "DeepSpeed trains one network, but this algorithm trains several .* ddp.yaml"),
+        (DistributedType.DEEPSPEED, False, Several(), "DeepSpeed trains one network, but this algorithm trains several .*ddp.yaml"),
         (DistributedType.MULTI_GPU, True, Several(), "train.shard: got true, but this algorithm trains several networks"),
         (DistributedType.DEEPSPEED, False, object(), "DeepSpeed is not supported yet; --train.shard true shares weights.* fsdp2.yaml"),
     ],
