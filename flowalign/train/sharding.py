@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,11 +20,12 @@ def shard(network: nn.Module) -> None:
 
     The network stays the same object, but its parameters become others: optimizers are made afterwards.
     """
+    mesh = init_device_mesh(next(network.parameters()).device.type, (torch.distributed.get_world_size(),))
     for child in network.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
-            fully_shard(block)
+            fully_shard(block, mesh=mesh)
     # The root's weights too are given back after each pass: those left whole would not be those that the optimizer moves.
-    fully_shard(network, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(network: nn.Module) -> bool:
