@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from flowalign.core.flops import DIFFERENTIATED, forward_flops
+from flowalign.core.flops import DIFFERENTIATED
+from flowalign.train.flops import PER_ROW
 from flowalign.train.journal import HIDDEN
 
-PER_ROW = "flops_per_row"
 _PURPOSES = {
     "rollout": "rollout",
     "train": "training, with backward",
@@ -20,20 +18,6 @@ _PURPOSES = {
     "shown": "images shown",
 }
 _COUNTS = ("total", "rows_per_evaluation")
-
-
-class RowMeter:
-    """Counts the operations of one row through a network at its next pass, once; ``per_row`` is None until then."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.per_row: float | None = None
-        self._handle = network.register_forward_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.per_row is None:
-            rows = len(output[0] if isinstance(output, tuple) else output.sample)
-            self.per_row = forward_flops(module, args, kwargs) / rows
-            self._handle.remove()
 
 
 def flops_by_purpose(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -110,7 +110,7 @@ def autoencoder(it: Subject) -> Finding:
     vae = it.flow.pipe.vae
     pixels = (2 * images - 1).to(next(vae.parameters()).dtype)
     is_video = any(isinstance(layer, nn.Conv3d) for layer in vae.modules())
-    with torch.no_grad():
+    with torch.no_grad(), it.flow.resting.awake(images=True):
         coded = vae.encode(pixels.unsqueeze(2) if is_video else pixels, return_dict=False)[0]
         latents = coded if isinstance(coded, Tensor) else coded.mode()
         again = vae.decode(latents, return_dict=False)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowalign import config as configuration
-from flowalign import data, estimators, snapshots
-from flowalign.compute import PER_ROW, RowMeter
+from flowalign import data, estimators, model_card, snapshots
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.evaluate import monitors
@@ -31,6 +31,7 @@ from flowalign.train.collect import Metric
 from flowalign.train.fit import Trainer
 from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
+from flowalign.train.sharding import unshared
 
 _DISTANCE_EVERY = 5  # steps between looks at the distance to the base
 
@@ -181,10 +182,13 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         trainer.distance_every = _DISTANCE_EVERY
         trainer.after_step = _after_step(config, accelerator, trainer)
         trainer.fit(config.steps)
+        assert isinstance(trainer.pipeline, FlowPipeline)
+        whole = unshared(trainer.pipeline)
         if accelerator.is_main_process:
-            trainer.pipeline.save(config.output / "weights", trainer.result, notes=_notes(config))  # type: ignore[attr-defined]
+            whole.save(config.output / "weights", trainer.result, notes=_notes(config))
+            model_card.write(config, config.output / "weights", step=config.steps)
             print(f"weights: {config.output / 'weights'}")
-            _save_best(trainer, config)
+            _save_best(trainer, config, whole)
         accelerator.end_training()
     return trainer
 
@@ -215,7 +219,7 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"train.trackers: {name} is not installed; pip install 'flowalign-diffusion[{name}]', or remove it")
 
 
-def _save_best(trainer: Trainer, config: RunConfig) -> None:
+def _save_best(trainer: Trainer, config: RunConfig, pipeline: FlowPipeline) -> None:
     """Write the weights of the best step, where one was to be kept; the trainer keeps those of the last."""
     if trainer.best is None:
         return
@@ -224,20 +228,20 @@ def _save_best(trainer: Trainer, config: RunConfig) -> None:
         print(f"best weights: none, because {WINDOW} steps with a finite {trainer.best.by} are compared")
         return
     step, state = found
-    last = trainer.pipeline.roles.state_dict()
-    trainer.pipeline.roles.load_state_dict(state["roles"])
-    trainer.pipeline.save(config.output / "best_weights", trainer.result, notes={**_notes(config), "step": str(step)})  # type: ignore[attr-defined]
-    trainer.pipeline.roles.load_state_dict(last)
+    last = copy.deepcopy(pipeline.roles.state_dict())
+    pipeline.roles.load_state_dict(state["roles"])
+    pipeline.save(config.output / "best_weights", trainer.result, notes={**_notes(config), "step": str(step)})
+    model_card.write(config, config.output / "best_weights", step=step)
+    pipeline.roles.load_state_dict(last)
     print(f"best weights: {config.output / 'best_weights'} (step {step}: {trainer.best.by} {trainer.best.value:.4f})")
 
 
 def _notes(config: RunConfig) -> dict[str, str]:
-    """Say in the file what it was trained on and how; of a folder only its name, not where it is on this machine."""
-    model = str(vars(config.pipeline).get("model", ""))
+    """Say in the file what it was trained on and how."""
     lines = read_log(config.output / "log.jsonl")
     encoded = configuration.encode(config)
     return {
-        "base_model": Path(model).resolve().name if Path(model).expanduser().is_dir() else model,
+        "base_model": model_card.base_model(config),
         "algorithm": json.dumps(encoded["algorithm"]),
         "advantage": json.dumps(encoded["advantage"]),
         "seed": str(config.seed),
@@ -260,7 +264,6 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
     told: set[str] = set()
-    meter = RowMeter(trainer.pipeline.denoiser)  # type: ignore[attr-defined]
     measured = isinstance(config.algorithm, Settings)  # nothing is trained on rewards
     trained = (
         set() if measured else {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
@@ -269,7 +272,6 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     def watch(line: dict[str, Any], made: Tensor) -> None:
         if not lines:
             lines.extend(earlier for earlier in read_log(log) if earlier["step"] < line["step"])
-        line[PER_ROW] = meter.per_row
         rows = monitors.features(made)
         if accelerator.num_processes > 1:
             everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()
@@ -288,7 +290,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
                 tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (look at samples and held-out rewards)")
             told.add(alarm.monitor)
         every, done = config.train.sample_every, line["step"] + 1
-        if every and accelerator.is_main_process and (done % every == 0 or done == config.steps):
+        if every and (accelerator.is_main_process or trainer.sharded) and (done % every == 0 or done == config.steps):
             with trainer.clock.phase("samples"):
                 snapshots.take(trainer, config, done)
 

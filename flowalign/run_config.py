@@ -18,6 +18,7 @@ from flowalign.train.journal import write_atomically
 from flowalign.train.settings import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
+_ASIDE = ("stop_on_alarm", "peak_tflops", "shard")  # of train: what a run may change when it goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +157,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _identity(encoded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a run what it is: more steps is going on, a moved folder is the same run, and when to stop is no part of it."""
+    """Return what makes a run what it is: more steps is going on, a moved folder is the same run, and when to stop, what its speed is compared with
+    and how processes share its weights are no part of it.
+    """
     kept = {key: value for key, value in encoded.items() if key not in ("steps", "output")}
-    return kept | {"train": {key: value for key, value in encoded.get("train", {}).items() if key != "stop_on_alarm"}}
+    return kept | {"train": {key: value for key, value in encoded.get("train", {}).items() if key not in _ASIDE}}
 
 
 def claim_folder(config: RunConfig) -> bool:

@@ -20,7 +20,10 @@ def take(trainer: Trainer, config: RunConfig, step: int) -> None:
     pipeline, folder = trainer.pipeline, config.output / FOLDER
     assert isinstance(pipeline, FlowPipeline)
     base = folder / BASE
-    if REFERENCE in pipeline.roles.names and not base.is_file():
+    needed = REFERENCE in pipeline.roles.names and not base.is_file()
+    if trainer.sharded:  # all processes make the pictures, and have looked before the first one writes
+        trainer.accelerator.wait_for_everyone()
+    if needed:
         _write(trainer, pipeline.num_steps, REFERENCE, base)
     _write(trainer, student_steps(config) or pipeline.num_steps, trainer.result, folder / f"step_{step:06d}.png")
 
@@ -31,4 +34,5 @@ def _write(trainer: Trainer, num_steps: int, role: str, path: Path) -> None:
     texts = [text for text in prompts for _ in range(_IMAGES)]
     seeds = [(row, k) for row in range(len(prompts)) for k in range(_IMAGES)]
     made = generator_of(trainer.pipeline, num_steps, role)(texts, seeds)
-    images.save_png(images.grid(made, _IMAGES, captions=texts, scale=max(1, 128 // made.shape[-1])), path)
+    if trainer.accelerator.is_main_process:
+        images.save_png(images.grid(made, _IMAGES, captions=texts, scale=max(1, 128 // made.shape[-1])), path)

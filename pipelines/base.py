@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from flowalign.core.rollout import Ended, Noise, Take, Trajectory, explore
 from flowalign.pipelines import features, lora_files, watch
 from flowalign.pipelines.combine import Guidance, Linear
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
+from flowalign.pipelines.economy import Resting, parts_beside
 from flowalign.pipelines.family import Family
 from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
@@ -40,10 +41,13 @@ class FlowPipeline:
         modules: The same for further trained roles that are networks of their own (all weights trained).
         roles: Versions of the denoiser.
         dtype: What the networks compute in.
+        resting: Parts that are on the device only while they work.
         num_steps: Default number of steps.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, lora: LoRA | None, *, num_steps: int, seed: int = 0) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, family: Family, lora: LoRA | None, *, num_steps: int, seed: int = 0, offload: bool = False
+    ) -> None:
         pipe.set_progress_bar_config(disable=True)
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -51,6 +55,7 @@ class FlowPipeline:
         self.pipe, self.family, self.num_steps = pipe, family, num_steps
         self.denoiser: nn.Module = getattr(pipe, family.denoiser)
         self.dtype: torch.dtype = next(self.denoiser.parameters()).dtype
+        self.resting = Resting(parts_beside(pipe, family.denoiser) if offload else {}, self.device)
         if lora is None:
             # All weights are trained: half precision cannot hold updates of 1e-4 of a weight, so it is left to autocast.
             self.denoiser.float()
@@ -91,7 +96,8 @@ class FlowPipeline:
     def learnt(self) -> Learnt:
         """What two short recordings told: where the batch is, what the timestep is and how outputs are combined."""
         if self._learnt is None:
-            self._learnt = watch.learn_all(self)
+            with self.resting.awake(text=True):
+                self._learnt = watch.learn_all(self)
         return self._learnt
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -110,19 +116,12 @@ class FlowPipeline:
         """
         if not prompts:
             raise ValueError("encode: needs at least one prompt, got none")
-        layout, replay, _ = self.learnt()
+        layout = self.learnt().layout
         distinct = list(dict.fromkeys(prompts))
-        for prompt in distinct:
-            if prompt in self._encoded:
-                self._encoded[prompt] = self._encoded.pop(prompt)
-            else:
-                calls = watch.probe(self, Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
-                self._encoded[prompt] = tuple(
-                    leaf
-                    for specs, told in zip(layout, watch.fixed(self.family, calls), strict=True)
-                    for name, spec in specs.items()
-                    for leaf in moved(tuple(split(name, spec, told[name], 1)), "cpu")  # a GPU is too small for thousands
-                )
+        # The text encoders are woken once for all new prompts, and not at all where there is none.
+        with self.resting.awake(text=not self._encoded.keys() >= set(distinct)):
+            for prompt in distinct:
+                self._encoded[prompt] = self._encoded.pop(prompt) if prompt in self._encoded else self._encode(prompt)
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
         rows = [self._encoded[prompt] for prompt in distinct]
@@ -131,6 +130,16 @@ class FlowPipeline:
         for prompt in list(self._encoded)[: max(0, len(self._encoded) - room)]:
             del self._encoded[prompt]
         return stack(layout, rows, index)
+
+    def _encode(self, prompt: str) -> tuple[Leaf, ...]:
+        layout, replay, _ = self.learnt()
+        calls = watch.probe(self, Probe(num_steps=1, num_calls=len(replay.calls)), [prompt], self.num_steps).calls
+        return tuple(
+            leaf
+            for specs, told in zip(layout, watch.fixed(self.family, calls), strict=True)
+            for name, spec in specs.items()
+            for leaf in moved(tuple(split(name, spec, told[name], 1)), "cpu")  # a GPU is too small for thousands
+        )
 
     def sigmas(self, num_steps: int | None = None) -> Tensor:
         """Return the grid of the pipeline's own scheduler, ``[steps + 1]`` float32 on the CPU."""
@@ -300,7 +309,7 @@ class FlowPipeline:
         with self.roles.use(REFERENCE) as network:
             return self.replayed(network, x, sigma, cond.alone(call, copy, told.copies), alone)
 
-    def replayed(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, replay: Replay | None = None) -> Tensor:
+    def replayed(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, cond: Conditioning, replay: Replay | None = None) -> Tensor:
         """Replay a network that is given, as it is, by this pipeline's own rules or others; see ``velocity``."""
         replay = self.learnt().replay if replay is None else replay
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
@@ -349,7 +358,7 @@ class FlowPipeline:
     def decode(self, x: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode latents ``[batch, *event]`` to images ``[batch, 3, h, w]`` in [0, 1], float32."""
         decode = self.family.decode
-        with torch.no_grad():
+        with torch.no_grad(), self.resting.awake(images=True):
             return torch.cat(
                 [(decode(self.pipe, part.to(self.dtype)) if decode else watch.decode(self, part)).float() for part in x.split(batch_size)]
             )

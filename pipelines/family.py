@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from flowalign.pipelines import economy
 from flowalign.pipelines.combine import After
 from flowalign.pipelines.conditioning import Conditioning
 from flowalign.pipelines.loading import check_device, load
@@ -74,6 +75,11 @@ class ModelConfig(ABC):
         dtype: What the networks compute in; latents, log-probs and adapters stay float32.
         lora: Adapters to train; null trains all weights of the denoiser.
         gradient_checkpointing: Trade compute for memory in training.
+        offload: Text encoders and autoencoder rest in main memory and are on the device only while they work; each prompt is encoded once.
+        vae_slicing: Decode image by image, for less memory.
+        vae_tiling: Decode large images tile by tile; seams are blended, so pixels change a little.
+        compile: Compile each repeated block of the denoiser with ``torch.compile``; the first passes take a minute more.
+        attention: Backend of attention by diffusers' name, such as "_native_cudnn" or "flash"; null for torch's own choice.
     """
 
     model: str
@@ -84,6 +90,11 @@ class ModelConfig(ABC):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoRA | None = field(default_factory=LoRA)
     gradient_checkpointing: bool = False
+    offload: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    compile: bool = False
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no pipeline takes."""
@@ -115,9 +126,27 @@ class ModelConfig(ABC):
     def load(self, *, device: str | torch.device = "cpu") -> Any:
         """Load the bare pipeline; see ``build``."""
         check_device(self.dtype, device)
-        pipe = load(self.kind(), self.model, dtype=getattr(torch, self.dtype), **self.without()).to(device)
+        pipe = load(self.kind(), self.model, dtype=getattr(torch, self.dtype), **self.without())
+        if self.offload:
+            getattr(pipe, self.family(pipe).denoiser).to(device)
+        else:
+            pipe = pipe.to(device)
+        return self.thrifty(pipe)
+
+    def thrifty(self, pipe: Any) -> Any:
+        """Switch on what saves memory and time.
+
+        Raises:
+            ValueError: If this model cannot do it.
+        """
+        denoiser = getattr(pipe, self.family(pipe).denoiser)
         if self.gradient_checkpointing:
-            getattr(pipe, self.family(pipe).denoiser).enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
+        economy.spare_autoencoder(pipe, slicing=self.vae_slicing, tiling=self.vae_tiling)
+        if self.attention is not None:
+            economy.set_attention(denoiser, self.attention)
+        if self.compile:
+            economy.compile_blocks(denoiser)
         return pipe
 
     def build(self, *, device: str | torch.device = "cpu", seed: int = 0) -> Any:
@@ -137,7 +166,7 @@ class ModelConfig(ABC):
         from flowalign.pipelines.base import FlowPipeline
 
         pipe = self.load(device=device)
-        return FlowPipeline(pipe, self.family(pipe), self.lora, num_steps=self.num_steps, seed=seed)
+        return FlowPipeline(pipe, self.family(pipe), self.lora, num_steps=self.num_steps, seed=seed, offload=self.offload)
 
     def size(self, pipe: Any, *, unit: int, default: int, most: int | None = None) -> tuple[int, int]:
         """Return height and width in pixels.

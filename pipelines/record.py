@@ -64,7 +64,8 @@ def installed(
         driver.answer(output)
 
     state = dict(vars(pipe))
-    handles = [network.register_forward_pre_hook(before, with_kwargs=True), network.register_forward_hook(after)]
+    # First of all hooks: whoever leaves the call leaves it before shared weights are gathered.
+    handles = [network.register_forward_pre_hook(before, with_kwargs=True, prepend=True), network.register_forward_hook(after)]
     try:
         # Past the pipeline's __setattr__, which would write the class names of these parts into its configuration.
         object.__setattr__(pipe, "scheduler", scheduler)

@@ -188,6 +188,10 @@ class Roles:
         self._check(name)
         return self.module if self.lora is not None or name == CURRENT else self._copies[name]
 
+    def networks(self) -> list[nn.Module]:
+        """Return every module that there is: the one, and with all weights trained the copies."""
+        return [self.module, *self._copies.values()]
+
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
         """Make the module act as a role, and afterwards as before; yields the network to call."""

@@ -13,7 +13,7 @@ from flowalign.pipelines.family import Family
 from flowalign.pipelines.record import Call, Probe, installed, run_probe
 from flowalign.pipelines.replay import Replay, learn_replay
 from flowalign.pipelines.schedulers import drivable, frame_of
-from flowalign.pipelines.standin import Decoder, StandIn, learn_stand_in, silenced, watched
+from flowalign.pipelines.standin import Decoder, Encoder, StandIn, learn_stand_in, silenced, watched
 
 if TYPE_CHECKING:
     from flowalign.pipelines.base import FlowPipeline
@@ -59,7 +59,7 @@ def probe(
         arguments["latents"] = torch.randn(len(prompts), *flow.event_shape, generator=generator).to(flow.device, flow.dtype)
     else:
         arguments["generator"] = generator
-    with flow.precision():
+    with flow.precision(), flow.resting.awake(text=encoder is None or isinstance(encoder, Encoder)):
         return run_probe(flow.pipe, flow.family.denoiser, flow.denoiser, driver, arguments, encoder)
 
 
@@ -134,7 +134,7 @@ def own_images(flow: FlowPipeline, pipe: Any, prompt: str, noise: Tensor, num_st
     try:
         if not isinstance(before, kind):
             object.__setattr__(pipe, "scheduler", kind.from_config(config))
-        with flow.precision():
+        with flow.precision(), flow.resting.awake(text=True, images=True):
             images: Tensor = pipe(**flow.family.arguments, **asked, **options)[0]
     finally:
         object.__setattr__(pipe, "scheduler", before)

@@ -1,8 +1,8 @@
-"""Floating-point operations of a network's forward pass."""
+"""Floating-point operations of networks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,15 @@ def forward_flops(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         >>> forward_flops(nn.Linear(3, 5), [torch.zeros(2, 3)], {})
         60.0
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.forward(*map(_detached, args), **{name: _detached(value) for name, value in kwargs.items()})
+    plain, named = [_detached(value) for value in args], {name: _detached(value) for name, value in kwargs.items()}
+    with torch.no_grad():
+        return flops_of(lambda: module.forward(*plain, **named))
+
+
+def flops_of(work: Callable[[], Any]) -> float:
+    """Count the operations of matrix products, convolutions and attention; compiled blocks run uncompiled meanwhile."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        work()
     return float(counter.get_total_flops())
 
 

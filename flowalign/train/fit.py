@@ -20,11 +20,13 @@ from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
 from flowalign.core.ratios import Operation
 from flowalign.estimators import Estimator
-from flowalign.train import checkpoint
+from flowalign.train import checkpoint, engines, sharding
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.distance import distance_to_base, is_measured
+from flowalign.train.flops import measure
 from flowalign.train.journal import Clock, Journal
+from flowalign.train.memory import exhausted
 from flowalign.train.pairs import PairCollector
 from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
 from flowalign.train.protocols import Pipeline, PromptLike
@@ -79,14 +81,19 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Set up the collector, roles, optimizer and the wrapped network."""
-        self.clock = Clock()
+        on_device = self.accelerator.device.type == "cuda"
+        self.clock = Clock(wait=torch.cuda.synchronize if on_device else None)
         self.collector = self._collector()
         for role in self.algorithm.roles:
             self.pipeline.roles.add(role)
         if self.config.ema_decay is not None:
             self.pipeline.roles.add(AVERAGE)
-        self.parameters = self.pipeline.roles.trainable_parameters()
         config = self.config
+        engines.check(self.accelerator, self.algorithm, shard=config.shard)
+        self.sharded = config.shard and self.accelerator.num_processes > 1
+        for network in self.pipeline.roles.networks() if self.sharded else ():
+            sharding.shard(network)
+        self.parameters = self.pipeline.roles.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self._last_finite = "none yet"
         self.heads: dict[str, HeadPlayer] = {}
@@ -100,7 +107,8 @@ class Trainer:
                 self.heads = {DISCRIMINATOR: build_discriminator(judge, self.pipeline, self.accelerator, seed=self.seed)}
             self.pipeline.roles.add(FAKE, trained=True)
         self.collector.heads = self.heads
-        self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
+        if not self.sharded:
+            self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
         denoiser = Player(
             module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
         )
@@ -227,7 +235,7 @@ class Trainer:
             sums, count = self._backward(name, parts, velocity, keep)
         except FloatingPointError as error:
             raise self._diverged(name, update.step, str(error)) from error
-        norm = float(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
+        norm = float(sharding.whole(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm)))
         if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
             player.optimizer.zero_grad(set_to_none=True)
             return {}
@@ -294,7 +302,8 @@ class Trainer:
 
     def _check_weights(self, step: int) -> None:
         """Refuse to log and save weights that are not finite, as a rate far too large makes them of a finite gradient."""
-        norm = float(torch.nn.utils.get_total_norm([weight for player in self.trained.values() for weight in player.parameters]))
+        weights = [weight for player in self.trained.values() for weight in player.parameters]
+        norm = float(sharding.whole(torch.nn.utils.get_total_norm(weights)))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {step}: the norm of the weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
@@ -375,10 +384,10 @@ class Trainer:
         return {"distance": self._average(float(distance_to_base(found.velocity, found.experience, seed=self.seed, step=step)))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; randomness is keyed and needs no state."""
+        """Everything that the next step depends on; randomness is keyed and needs no state. Where weights are shared, all processes must ask."""
         return {
-            "roles": self.pipeline.roles.state_dict(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "roles": sharding.whole(self.pipeline.roles.state_dict()),
+            "optimizer": sharding.whole(checkpoint.optimizer_state(self.optimizer)),
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
             "best": None if self.best is None else self.best.state_dict(),
@@ -391,8 +400,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
-        self.pipeline.roles.load_state_dict(state["roles"])
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.pipeline.roles.load_state_dict(sharding.share(state["roles"], self.pipeline.roles.state_dict()))
+        self.optimizer.load_state_dict(sharding.share_moments(state["optimizer"], self.optimizer))
         self.collector.state = state["estimator"]
         for name, head in self.heads.items():
             head.load_state_dict(state["heads"][name])
@@ -421,6 +430,7 @@ class Trainer:
             Interrupted: If asked to stop (Ctrl-C or SIGTERM); the finished steps are saved, and the same call goes on.
             FloatingPointError: If a loss or gradient is not finite.
             Alarmed: At an alarm, where the configuration says so; the finished steps are saved.
+            Exhausted: If the device's memory does not suffice.
         """
         main = self.accelerator.is_main_process
         found = checkpoint.load_newest(self.folder / "checkpoints")
@@ -434,17 +444,25 @@ class Trainer:
                 self.clock.take()
                 for step in range(start, steps):
                     try:
+                        if step == start:
+                            utilisation = measure(self.pipeline, self.accelerator, self.config.peak_tflops)
+                            self.clock.take()
                         line = self.step(step)
                     except ConnectionError:
                         # A reward server is gone, before anything of this step moved: what was trained must not be lost with it.
-                        if main and step > start and step % self.config.checkpoint_every:
-                            checkpoint.save(self.folder / "checkpoints", step, self.state_dict(), keep=self.config.keep_checkpoints)
+                        if not self.sharded and step > start and step % self.config.checkpoint_every:
+                            self._keep(step)
                         raise
+                    except torch.OutOfMemoryError as error:
+                        raise exhausted(error, step, self.clock.phases) from error
                     alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
                     stopping = self._anywhere(stop.is_set()) or alarmed
-                    if self.best is not None and self.best.look(line) and main:
-                        checkpoint.save(self.folder / "best", step + 1, {"roles": self.pipeline.roles.state_dict()}, keep=1)
+                    if self.best is not None and self.best.look(line):
+                        roles = sharding.whole(self.pipeline.roles.state_dict())
+                        if main:
+                            checkpoint.save(self.folder / "best", step + 1, {"roles": roles}, keep=1)
                     line["time_s"] = self.clock.take()
+                    line |= utilisation.of(line["evaluations"], line["time_s"], num_devices=self.accelerator.num_processes)
                     # The log first: a line without its checkpoint is dropped on resuming, a checkpoint without its line would lose it.
                     if journal is not None:
                         journal.write(line)
@@ -452,8 +470,8 @@ class Trainer:
                         self.accelerator.log(_flat(line), step=step)
                     due = (step + 1) % self.config.checkpoint_every == 0 or step + 1 == steps or stopping
                     with self.clock.phase("checkpoint"):  # counted to the next step
-                        if main and due:
-                            checkpoint.save(self.folder / "checkpoints", step + 1, self.state_dict(), keep=self.config.keep_checkpoints)
+                        if due:
+                            self._keep(step + 1)
                     if alarmed:
                         raise Alarmed(
                             f"stopped after step {step + 1} of {steps}: {'; '.join(line['alarm'])}. Look at samples and held-out rewards; the state "
@@ -465,6 +483,14 @@ class Trainer:
         finally:
             if journal is not None:
                 journal.close()
+
+    def _keep(self, step: int) -> None:
+        """Write a checkpoint; all processes gather what they share, the first one writes."""
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            state = self.state_dict()
+            if main:
+                checkpoint.save(self.folder / "checkpoints", step, state, keep=self.config.keep_checkpoints)
 
     def _check_moved(self, steps: int) -> None:
         """Refuse to end a run in which critics never let anything move: its weights are those that it began with."""

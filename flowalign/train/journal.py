@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,28 @@ HIDDEN = "reward_hidden"  # seconds for which rewards were computed while someth
 
 
 class Clock:
-    """Wall time of the phases of a step, in seconds."""
+    """Wall time of the phases of a step, in seconds.
 
-    def __init__(self) -> None:
+    Attributes:
+        spent: By phase, since the last ``take``.
+        phases: The phases that one is in, the innermost last; after an error those in which it happened.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
         self.spent: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self.phases: list[str] = []
+        self._began, self._wait = time.perf_counter(), wait
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a phase."""
+        """Add the time of a block to a phase; the device's work counts for the phase that gave it."""
         began = time.perf_counter()
+        self.phases.append(name)
         try:
             yield
+            if self._wait is not None:
+                self._wait()
+            self.phases.remove(name)
         finally:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
 
@@ -50,7 +60,7 @@ class Clock:
         """Return the phases and the whole since the last call, and begin anew."""
         now = time.perf_counter()
         taken = {**self.spent, "total": now - self._began}
-        self.spent, self._began = {}, now
+        self.spent, self.phases, self._began = {}, [], now
         return taken
 
 
@@ -115,4 +125,6 @@ def status(line: Mapping[str, Any]) -> str:
     if "alarm" in line:
         shown.append(f"ALARM x{len(line['alarm'])}")
     speed = f"{line['images'] / spent['total']:.1f} images/s"
+    if "utilisation" in line:
+        speed += f", {100 * line['utilisation'].get('total', 0.0):.0f}% of peak"
     return f"step {line['step'] + 1:>4}  {rewards}  {'  '.join(shown)}  |grad| {line['grad_norm']:.3f}  {speed}  ({shares})"

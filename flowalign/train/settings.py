@@ -19,6 +19,7 @@ class TrainConfig:
             of the number of processes, which share each group equally.
         rollout_batch_size: Samples of one call of the pipeline, on each device.
         micro_batch_size: Rows of one forward and backward, on each device; changes nothing beyond rounding.
+        shard: Processes share weights, gradients and moments among each other (FSDP2), instead of each having them all (DDP); one process has them all.
         learning_rate: Of AdamW, constant after the warm-up.
         warmup: Optimizer updates with a linearly rising learning rate.
         betas: Of AdamW.
@@ -33,6 +34,8 @@ class TrainConfig:
             five steps is kept, and written to ``best_weights`` at the end; null for none.
         stop_on_alarm: Stop, with the state saved, at the first alarm: a sign of reward hacking, or of a student that falls apart.
         sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.
+        peak_tflops: Peak of a device, which the logged utilisation is a share of; "measured" times matrix products at the start, null looks the device
+            up. CPUs and devices that are not known have no share; what they do in a second is logged all the same.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".
     """
 
@@ -40,6 +43,7 @@ class TrainConfig:
     group_size: int = 16
     rollout_batch_size: int = 64
     micro_batch_size: int = 64
+    shard: bool = False
     learning_rate: float = 3e-4
     warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,6 +56,7 @@ class TrainConfig:
     keep_best_by: str | None = None
     stop_on_alarm: bool = False
     sample_every: int = 20
+    peak_tflops: float | Literal["measured"] | None = None
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,6 +71,8 @@ class TrainConfig:
             raise ValueError(f"train.weight_decay: got {self.weight_decay}, needed a number of at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas: got {list(self.betas)}, needed two values in [0, 1)")
+        if isinstance(self.peak_tflops, float) and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f'train.peak_tflops: got {self.peak_tflops}, needed a positive number, "measured" or null')
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay: got {self.ema_decay}, needed a value in (0, 1) or null")
 

@@ -1,0 +1,16 @@
+"""Train several configurations one after the other in the same processes: ``-m tests.train.several CONFIG ...``.
+
+Prints a line for each: how many numbers this process holds of what is trained, and how many there are.
+"""
+
+import sys
+
+from torch.distributed.tensor import DTensor
+
+from flowalign.run import run_training
+from flowalign.run_config import load_config
+
+for path in sys.argv[1:]:
+    parameters = run_training(load_config(path)).parameters
+    held = sum((value.to_local() if isinstance(value, DTensor) else value).numel() for value in parameters)
+    print(f"HELD {held} OF {sum(value.numel() for value in parameters)} BY {path}", flush=True)
