@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,7 +43,8 @@ def demo(output: Path, *, model: str = "shapes", seed: int = 0, threads: int | N
     """
     began = time.monotonic()
     config, suite = begin("shapes_f_distill", output, seed=seed, threads=threads)
-    config = replace(config, pipeline=replace(config.pipeline, model=model))
+    # An alarm is told and the student scored all the same: a demo that stops shows nothing.
+    config = replace(config, pipeline=replace(config.pipeline, model=model), train=replace(config.train, stop_on_alarm=False))
     print(f"flowalign demo: f-distill of {_named(model)} into one step, seed {seed}")
     pipeline = config.pipeline.build(seed=seed)
     guided = teacher_of(config, pipeline) or pipeline
@@ -68,7 +70,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Write records, pictures, report and summary, and say the result."""
     usual = teacher[config.pipeline.num_steps]
-    shares = {num: student.scores().overall.mean / teacher[num].scores().overall.mean for num in (config.pipeline.num_steps, max(teacher))}
+    reached = {num: teacher[num].scores().overall.mean for num in (config.pipeline.num_steps, max(teacher))}
+    shares = {num: student.scores().overall.mean / mean if mean else math.nan for num, mean in reached.items()}
     usual.write(output / "records_base.jsonl")
     student.write(output / "records_one_step.jsonl")
     assert student.images is not None
@@ -122,7 +125,7 @@ def _steps_table(teacher: Mapping[int, Evaluation], student: Evaluation) -> Tabl
 
 
 def _named(model: str) -> str:
-    return "the shipped pipeline" if model == "shapes" else Path(model).name
+    return "the shipped pipeline" if model == "shapes" else Path(model).resolve().name
 
 
 def _steps(num: int) -> str:

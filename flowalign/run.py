@@ -28,7 +28,7 @@ from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_con
 from flowalign.train import checkpoint
 from flowalign.train.best import WINDOW
 from flowalign.train.collect import Metric
-from flowalign.train.fit import Trainer
+from flowalign.train.fit import Alarmed, Trainer
 from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
 from flowalign.train.sharding import unshared
@@ -181,15 +181,21 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             print(f"memory: {_memory(trainer)}")
         trainer.distance_every = _DISTANCE_EVERY
         trainer.after_step = _after_step(config, accelerator, trainer)
-        trainer.fit(config.steps)
+        alarm = None
+        try:
+            trainer.fit(config.steps)
+        except Alarmed as error:
+            alarm = error  # what the run was stopped for must not cost its weights
         assert isinstance(trainer.pipeline, FlowPipeline)
         whole = unshared(trainer.pipeline)
         if accelerator.is_main_process:
             whole.save(config.output / "weights", trainer.result, notes=_notes(config))
-            model_card.write(config, config.output / "weights", step=config.steps)
+            model_card.write(config, config.output / "weights", step=read_log(config.output / "log.jsonl")[-1]["step"] + 1)
             print(f"weights: {config.output / 'weights'}")
             _save_best(trainer, config, whole)
         accelerator.end_training()
+        if alarm is not None:
+            raise alarm
     return trainer
 
 

@@ -16,7 +16,12 @@ def add_demo(add: Add) -> None:
         "align the shipped pipeline, or distil it, and report what came of it; no downloads, minutes on a laptop CPU",
         "flowalign demo --output runs/demo",
     )
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report, weights and summary.json")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="folder for report, weights and summary.json; runs/demo or runs/demo_distill where not given",
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of the training run")
     demo.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads; all cores, at most 8, where not given")
     demo.add_argument("--distill", action="store_true", help="instead of aligning it, distil the pipeline into one step")
@@ -29,14 +34,15 @@ def add_demo(add: Add) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from flowalign import demo, one_step
 
+    output = options.output or Path("runs/demo_distill" if options.distill else "runs/demo")
     if options.distill:
-        one_step.demo(options.output, model=options.model or "shapes", seed=options.seed, threads=options.threads)
+        one_step.demo(output, model=options.model or "shapes", seed=options.seed, threads=options.threads)
     elif options.model is not None:
         raise ConfigError(
             f"--model {options.model}: only --distill takes it; the demo aligns the shipped pipeline. Add --distill, or use `flowalign train`"
         )
     else:
-        demo.demo(options.output, seed=options.seed, threads=options.threads)
+        demo.demo(output, seed=options.seed, threads=options.threads)
 
 
 def add_train(add: Add) -> None:

@@ -69,7 +69,7 @@ class Settings:
         teacher_steps: Steps of the teacher's own samples; null for the pipeline's ``num_steps``.
         num_pairs: The teacher's samples that are made at the start, in whole groups: the warm-up's targets, and what the discriminator holds for real.
         warmup_steps: Steps in which the student alone is drawn to what the teacher made of the same noise; for K above 1 at its first rung.
-        warmup_learning_rate: Of the student when the warm-up begins, falling linearly to ``train.learning_rate`` at its end; null for that one throughout.
+        warmup_learning_rate: Of the student when the warm-up begins, moving linearly to ``train.learning_rate`` at its end; null for that one throughout.
             Regression bears far larger steps than the push between two scores that have to keep up with each other.
         critic_updates: Updates of the critics for each of the student (published: 4 or 5); a step has them and one of the student.
         least_steps: Steps that the critics learn alone after the warm-up, at least.

@@ -75,7 +75,7 @@ class Distiller:
         return (CURRENT,) if ready else ()
 
     def learning_rate(self, update: Update, usual: float) -> float:
-        """In a warm-up its own, where it has one, falling linearly to the usual one: what a large rate leaves unsettled costs more than it gained."""
+        """In a warm-up its own, where it has one, moving linearly to the usual one: what a large rate leaves unsettled costs more than it gained."""
         own: float | None = self.config.warmup_learning_rate
         if own is None or not self._is_warmup(update):
             return usual

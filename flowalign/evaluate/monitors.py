@@ -118,11 +118,15 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
     return found
 
 
+_SCATTER = 2.0  # of single steps; the mean of a window scatters less than half as much
+
+
 def student_alarms(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) -> list[Alarm]:
     """Look for a student that falls apart, at the last of a distillation's steps.
 
     Its first images are no yardstick: in few steps an untrained student makes the same blur of every noise. What it had is: the last five steps are
-    compared with the best five before. An alarm is a diversity within a prompt, or a score, that has fallen below half of that.
+    compared with the best five before. An alarm is a diversity within a prompt that has fallen below half of that, or a score that has lost more than
+    half of what it had gained, and more than its steps scatter (scores may be negative, and of any offset).
 
     Args:
         lines: Of ``log.jsonl``, from the first step.
@@ -139,7 +143,12 @@ def student_alarms(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) -
             continue
         means = [fmean(known[start : start + _WINDOW]) for start in range(len(known) - _WINDOW + 1)]
         best, last = max(means[:-_WINDOW]), means[-1]
-        if last < 0.5 * best:
+        if name == DIVERSITY:
+            fallen = last < 0.5 * best
+        else:
+            scatter = fmean(pstdev(known[start : start + _WINDOW]) for start in range(len(known) - _WINDOW + 1))
+            fallen = best - last > max(0.5 * (best - min(means[:-_WINDOW])), _SCATTER * scatter)
+        if fallen:
             text = f"the student's {name.replace('_', ' ')} falls: {best:.4f} -> {last:.4f}"
             found.append(Alarm(monitor=name, step=int(lines[-1]["step"]), text=text))
     return found

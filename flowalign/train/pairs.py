@@ -71,7 +71,13 @@ class PairCollector:
                 "(train.groups times train.group_size)"
             )
         steps = self.settings.student_steps
-        self.sigmas = self.pipeline.sigmas(steps)
+        try:
+            self.sigmas = self.pipeline.sigmas(steps)
+        except ValueError as error:
+            raise ValueError(
+                f"algorithm.student_steps: got {steps}, of which the pipeline's scheduler makes no schedule ({error}); take a divisor of its number of training "
+                'timesteps, such as 1, 2, 4, 5 or 8, and timestep_spacing "trailing"'
+            ) from error
         if len(self.sigmas) != steps + 1 or float(self.sigmas[0]) < _NOISE:
             raise ValueError(
                 f"algorithm.student_steps: the pipeline's schedule of {steps} steps begins at level {float(self.sigmas[0]):.3f} and has "

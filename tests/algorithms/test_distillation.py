@@ -243,9 +243,11 @@ def test_the_warm_up_draws_the_student_to_the_teachers_samples_of_the_same_noise
     student = Student(0.2, 0.9)
     algorithm, batch = f_distill.Config(critic_updates=1, warmup_steps=1).build(), pairs(10, shares=2)
     rows = algorithm.rows(batch, Update(seed=0, step=0, index=1))
-    loss = algorithm.loss("current", rows, Networks(student)).value
+    found = algorithm.loss("current", rows, Networks(student))
     noise = batch.noise[batch.share == 1]
-    torch.testing.assert_close(loss, (0.2 + 0.9 * noise - (noise + 0.25)).square()[:, 0], rtol=1e-9, atol=1e-12)
+    error = (0.2 + 0.9 * noise - (noise + 0.25)).square()[:, 0]
+    torch.testing.assert_close(found.value, (error + 0.03**2).sqrt() - 0.03, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.metrics["pair_error"], error, rtol=1e-9, atol=1e-12)
 
 
 def test_the_critics_losses():

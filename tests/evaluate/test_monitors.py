@@ -130,3 +130,15 @@ def test_a_student_is_measured_by_the_best_that_it_had_and_not_by_its_blurred_be
     (alarm,) = monitors.student_alarms(student([0.0, 0.2, 0.3, 0.3, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0], "strict"), ["strict"])
     assert alarm.monitor == "strict"
     assert monitors.student_alarms(student([0.3] * 9), []) == []
+
+
+def test_a_score_of_any_offset_or_sign_is_judged_by_what_it_gained_and_by_its_scatter():
+    def alarms(values):
+        return monitors.student_alarms(student(values, "score"), ["score"])
+
+    rising = [-1.5 + 0.05 * step for step in range(15)]
+    for offset in (0.0, 20.0):
+        assert alarms([value + offset for value in rising]) == []
+        fallen = [*rising, -0.8, -0.9, -1.1, -1.2, -1.3, -1.4, -1.4]
+        assert [alarm.monitor for alarm in alarms([value + offset for value in fallen])] == ["score"]
+    assert alarms([0.2, 0.22] * 5 + [0.2, 0.19, 0.2, 0.19, 0.2]) == []  # no more than it scatters

@@ -5,10 +5,13 @@ Prints a line for each: how many numbers this process holds of what is trained, 
 
 import sys
 
+from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
 from flowalign.run import run_training
 from flowalign.run_config import load_config
+
+PartialState.destroy_process_group = lambda self, group=None: None  # a run ends its group of processes, which the next one here needs
 
 for path in sys.argv[1:]:
     parameters = run_training(load_config(path)).parameters

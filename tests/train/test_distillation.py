@@ -339,6 +339,18 @@ def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):
     assert math.isfinite(built.step(2)["metrics"]["loss"])
 
 
+def test_the_guided_half_beside_the_references_pass_is_the_guided_teacher(write_config):
+    built = build(write_config, algorithm={"guidance_scale": 3.0, "least_steps": 1})
+    networks = built.collect(0).velocity
+    x, sigma, sample = torch.randn(4, *built.pipeline.event_shape), torch.tensor([0.2, 0.5, 0.8, 0.9]), torch.tensor([0, 3, 5, 11])
+    with torch.no_grad():
+        plain = networks(x, sigma, sample, "reference")
+        guided = networks(x, sigma, sample, "teacher")
+        whole = built.teacher.velocity(x, sigma, networks.teacher[1].take(sample), "reference")
+    torch.testing.assert_close(guided, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain, whole, rtol=1e-3)
+
+
 def test_without_a_discriminator_the_teachers_pass_is_the_references_and_carries_no_gradient(write_config):
     algorithm = {"type": "dmd2", "num_pairs": 12, "critic_updates": 2, "least_steps": 0, "adversarial_weight": 0.0}
     built = build_trainer(load_config(str(write_config(train=SMALL, rewards=[], algorithm=algorithm))), Accelerator())

@@ -94,6 +94,9 @@ def test_a_run_stops_at_an_alarm_where_that_is_asked_for_and_goes_on_where_not(w
     with pytest.raises(Alarmed, match=r"stopped after step 2 of 3: brightness has moved.*--train.stop_on_alarm false goes on"):
         run.train(str(path), ["--train.stop_on_alarm", "true"])
     assert len(log_of(path)) == 2
+    folder = load_config(str(path)).output / "weights"
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()  # what it was stopped for does not cost its weights
+    assert "2 steps" in (folder / "README.md").read_text()
     run.train(str(path))
     assert len(log_of(path)) == 3
 

@@ -130,7 +130,7 @@ class Several(HasHeads):
         (DistributedType.FSDP, False, object(), "its own FSDP is switched on; .* --train.shard true"),
         (DistributedType.DEEPSPEED, False, Several(), "DeepSpeed trains one network, but this algorithm trains several .*ddp.yaml"),
         (DistributedType.MULTI_GPU, True, Several(), "train.shard: got true, but this algorithm trains several networks"),
-        (DistributedType.DEEPSPEED, False, object(), "DeepSpeed is not supported yet; --train.shard true shares weights.* fsdp2.yaml"),
+        (DistributedType.DEEPSPEED, False, object(), "DeepSpeed is not supported yet; --train.shard true shares weights.*fsdp2.yaml"),
     ],
 )
 def test_engines_refuse_what_they_cannot_train(kind, shard, algorithm, message):
