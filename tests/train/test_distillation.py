@@ -385,6 +385,25 @@ def test_what_cannot_be_distilled_is_refused(write_config, model, changes, messa
         build(write_config, pipeline=pipeline, **changes)
 
 
+def test_a_divergence_that_is_not_known_is_refused_where_it_stands(write_config):
+    with pytest.raises(ValueError, match=r"algorithm.weights.*jensen_shanon.*jensen_shannon"):
+        load_config(str(settings(write_config)), ["--algorithm.weights.divergence", "jensen_shanon"])
+
+
+def test_ratios_outside_the_clip_are_warned_of_with_the_remedy(write_config):
+    built = build(write_config)
+    with torch.no_grad():
+        built.heads["discriminator"].bare.pooled[0].bias.fill_(-8.0)
+    with pytest.warns(UserWarning, match=r"density ratio: 100% of the batch lie outside .*lower the discriminator's learning rate"):
+        line = built.step(0)
+    assert line["metrics"]["ratio/clipped"] == 1
+
+
+def test_the_penalty_of_a_discriminator_takes_a_third_early_pass(write_config):
+    built = build(write_config, algorithm={"discriminator": {"taps": [0.5], "width": 8, "r1": 0.1}})
+    assert built.step(0)["evaluations"]["taps"] == 2 * 3 * 4
+
+
 @pytest.mark.parametrize("player", ["discriminator", "fake", "current"])
 def test_a_player_that_is_not_finite_stops_before_anyone_moves_and_is_named(write_config, player):
     built = build(write_config)

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from flowalign import demo, one_step
+from flowalign.cli import main
 from flowalign.run_config import load_config
 
 SMALL = {
@@ -39,3 +41,14 @@ def test_the_demo_of_distillation_leaves_a_report_and_a_pipeline_of_one_step(tmp
     made = pipe("a photo of a red ring", num_inference_steps=1, guidance_scale=1.0, max_sequence_length=16, output_type="pt").images
     assert made.shape == (1, 3, 32, 32)
     assert torch.isfinite(made).all()
+
+
+def test_another_pipeline_is_distilled_from_its_folder_and_the_other_demo_takes_none(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(one_step, "demo", lambda output, **options: asked.append((str(output), options)))
+    main(["demo", "--distill", "--model", str(tmp_path)])
+    assert asked == [("runs/demo_distill", {"model": str(tmp_path), "seed": 0, "threads": None})]
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--model", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "only --distill takes it" in capsys.readouterr().err

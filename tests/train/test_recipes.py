@@ -88,6 +88,8 @@ def test_what_is_trained_at_the_last_rung_is_what_the_pipeline_decodes(prompts, 
     ("flags", "message"),
     [
         (["--pipeline.timestep_spacing", "leading"], r'schedule of 1 steps begins at level 0\.\d+ .*timestep_spacing "trailing"'),
+        (["--algorithm.student_steps", "3"], r"algorithm.student_steps: got 3, .*take a divisor of its number of training timesteps"),
+        (["--algorithm.student_steps", "1001"], r"algorithm.student_steps: got 1001, .*take a divisor of its number of training timesteps"),
         (["--algorithm.highest_level", "0.98"], r"highest_level: got 0.98, but this model knows no level above 0.93"),
     ],
 )
