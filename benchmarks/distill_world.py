@@ -124,9 +124,10 @@ def start_from(warm: Path, folder: Path) -> None:
     """Let a run go on from a finished warm-up; what it has done itself is kept."""
     if (folder / "log.jsonl").is_file():
         return
-    for part in ("checkpoints", "pairs"):
+    for part in ("checkpoints", "pairs", "best"):
         shutil.rmtree(folder / part, ignore_errors=True)
-        shutil.copytree(warm / part, folder / part)
+        if (warm / part).is_dir():
+            shutil.copytree(warm / part, folder / part)
     shutil.copy(warm / "log.jsonl", folder / "log.jsonl")  # last: it says that the others are whole
 
 

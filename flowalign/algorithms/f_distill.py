@@ -64,10 +64,14 @@ class FDistill(Distiller):
     def is_ready(self, state: State, held_back: int) -> bool:
         """Let the student begin once every bin's mean ratio is within a factor of 2 of 1, after the critics' own steps.
 
+        Where weights do not depend on the ratio (reverse KL, strength 0) it need not be calibrated, and the run is DMD2's.
+
         Raises:
             NeverReady: If it was held back for longer than ``patience``.
         """
         config = self.config
+        if config.weights.divergence == "reverse_kl" or config.weights.strength == 0:
+            return super().is_ready(state, held_back)
         alone = held_back - config.warmup_steps
         calibrated = is_calibrated(state["calibration"])
         if alone >= config.least_steps and calibrated:

@@ -12,7 +12,7 @@ from flowalign.core.algorithm import Update
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.distillation import Pairs
 from flowalign.core.divergences import weight
-from flowalign.core.ratios import identity
+from flowalign.core.ratios import RatioWeights, identity
 from flowalign.core.worlds import GaussianWorld
 
 TEACHER = (0.0, 1.0)
@@ -299,6 +299,16 @@ def test_a_student_waits_for_critics_that_are_calibrated_and_not_for_ever():
     assert not algorithm.is_ready(bad, 24)
     with pytest.raises(ValueError, match=r"in 20 steps of the critics alone .*mean ratios by noise level 0.30.* algorithm dmd2"):
         algorithm.is_ready(bad, 25)
+
+
+def test_weights_that_do_not_read_the_ratio_do_not_wait_for_it():
+    options = {"warmup_steps": 5, "least_steps": 3, "patience": 20}
+    settings = (RatioWeights(divergence="reverse_kl"), RatioWeights(divergence="forward_kl", strength=0.0))
+    others = [f_distill.Config(weights=weights, **options).build() for weights in settings]
+    plain = dmd2.Config(**options).build()
+    for held in range(30):
+        for algorithm in others:
+            assert algorithm.is_ready(algorithm.start(), held) == plain.is_ready({}, held) == (held >= 8)
 
 
 @pytest.mark.parametrize(
