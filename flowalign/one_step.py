@@ -96,7 +96,7 @@ def _finish(
     told = " and ".join(f"{share:.0%} of the strict score that the teacher has in {num} steps" for num, share in shares.items())
     report = Report(
         title="flowalign demo: one step",
-        subtitle=f"f-distill of {_named(config.pipeline.model)} under guidance {config.algorithm.guidance_scale:g}, "
+        subtitle=f"f-distill of {_named(config.pipeline.model)}, teacher's guidance {config.algorithm.guidance_scale:g}, "
         f"{student.suite}, training seed {config.seed}",
         names=(f"teacher, {config.pipeline.num_steps} steps", "student, 1 step"),
         headline=headline(usual, student, name="Strict score on held-out prompts", note=f"The student has {told}."),
