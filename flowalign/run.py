@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -38,6 +39,8 @@ _DISTANCE_EVERY = 5  # steps between looks at the distance to the base
 
 def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: FlowPipeline | None = None) -> Trainer:
     """Build every part of a run."""
+    if not accelerator.is_main_process:
+        warnings.filterwarnings("ignore", message="density ratio: most of the batch")  # of all ranks' rows: one tells
     prompts = config.prompts.load(config.seed)
     draw = config.prompts.sampler(prompts, config.seed, config.train.groups)
     rewards = [
@@ -88,7 +91,11 @@ def teacher_of(config: RunConfig, student: FlowPipeline) -> FlowPipeline | None:
     scale = config.algorithm.guidance_scale
     if scale == 1:
         return None
-    teacher = student.guided(config.pipeline.guided(scale).family(student.pipe))
+    try:
+        guided = config.pipeline.guided(scale, student.pipe)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.guidance_scale: {error}") from error
+    teacher = student.guided(guided.family(student.pipe))
     if teacher.rows_per_evaluation != 2 * student.rows_per_evaluation:
         raise ConfigError(
             f"algorithm.guidance_scale: got {scale}, but the pipeline makes no second pass with a negative prompt at it (its guidance is embedded, or it "

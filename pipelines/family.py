@@ -115,8 +115,12 @@ class ModelConfig(ABC):
             ValueError: If this model cannot do what the settings say.
         """
 
-    def guided(self, scale: float) -> Self:
-        """Return the settings with classifier-free guidance, as a teacher has it."""
+    def guided(self, scale: float, pipe: Any) -> Self:
+        """Return the settings with classifier-free guidance, as a teacher has it.
+
+        Raises:
+            ValueError: If the model is guided already, in another way.
+        """
         return replace(self, guidance_scale=scale)
 
     def without(self) -> dict[str, Any]:

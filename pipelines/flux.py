@@ -28,8 +28,13 @@ class Config(ModelConfig):
     true_cfg_scale: float = 1.0
     max_sequence_length: int = 512
 
-    def guided(self, scale: float) -> Self:
-        """Return the settings with true guidance; what is embedded stays."""
+    def guided(self, scale: float, pipe: Any) -> Self:
+        """Return the settings with true guidance, for a model that is told of none."""
+        if pipe.transformer.config.guidance_embeds and self.guidance_scale > 1:
+            raise ValueError(
+                f"got {scale}, but this model is told of guidance already (pipeline.guidance_scale: {self.guidance_scale}), as teacher, student and fake score "
+                "alike; set algorithm.guidance_scale to 1, or pipeline.guidance_scale to 1 for guidance by a second pass alone"
+            )
         return replace(self, true_cfg_scale=scale)
 
     def kind(self) -> type[DiffusionPipeline]:

@@ -53,6 +53,11 @@ class FDistill(Distiller):
     config: Config
 
     @property
+    def weighs_batch(self) -> bool:
+        """Ratios are calibrated and weights normalised over it; with reverse KL, whose weights are 1, they are still measured."""
+        return True
+
+    @property
     def weighs_guidance(self) -> bool:
         """As configured."""
         return self.config.weigh_guidance

@@ -59,6 +59,53 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Levels:
+    """How noise levels are drawn: uniform between two, before a shift as schedules have it.
+
+    Attributes:
+        lowest: Least noisy.
+        highest: Noisiest.
+        shift: 1 for none, more for noisier levels.
+    """
+
+    lowest: float = 0.02
+    highest: float = 0.98
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse limits that cannot be meant."""
+        if not 0 < self.lowest < self.highest <= 1 or not 0 < self.shift < math.inf:
+            raise ValueError(
+                f"got lowest {self.lowest}, highest {self.highest} and shift {self.shift}; needed 0 < lowest < highest <= 1 and a positive shift"
+            )
+
+    def of(self, share: Tensor) -> Tensor:
+        """Map numbers in [0, 1] to noise levels; with a shift they are shifted as schedules are, and stay within the limits.
+
+        Examples:
+            >>> Levels(lowest=0.2, highest=0.6).of(torch.tensor([0.0, 0.5, 1.0]))
+            tensor([0.2000, 0.4000, 0.6000])
+        """
+        if self.shift == 1:
+            return self.lowest + (self.highest - self.lowest) * share
+        low, high = (
+            float(shift_sigmas(torch.tensor([limit], dtype=torch.float64), 1 / self.shift)) for limit in (self.lowest, self.highest)
+        )
+        return shift_sigmas(low + (high - low) * share, self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScore(AdamW):
+    """How the fake score is trained.
+
+    Attributes:
+        levels: Noise levels that it denoises the student's samples at; null for those of distribution matching (FastGen). DMD2 trains it on all of them.
+    """
+
+    levels: Levels | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every distillation can be told.
 
@@ -74,9 +121,7 @@ class Settings:
         critic_updates: Updates of the critics for each of the student (published: 4 or 5); a step has them and one of the student.
         least_steps: Steps that the critics learn alone after the warm-up, at least.
         patience: With f_distill the run stops with an error if the student was held back for more steps than that, warm-up left out.
-        lowest_level: Noise levels of distribution matching are drawn between this
-        highest_level: and this,
-        level_shift: uniform before a shift as schedules have it; 1 for none, more for noisier levels.
+        levels: Noise levels that student and teacher are compared at, and that the discriminator judges at.
         adversarial_weight: Of the student's loss against the discriminator.
         fake: How the fake score is trained.
         discriminator: What judges, and how it is trained.
@@ -91,11 +136,9 @@ class Settings:
     critic_updates: int = 5
     least_steps: int = 10
     patience: int = 200
-    lowest_level: float = 0.02
-    highest_level: float = 0.98
-    level_shift: float = 1.0
+    levels: Levels = field(default_factory=Levels)
     adversarial_weight: float = 1e-3
-    fake: AdamW = field(default_factory=AdamW)
+    fake: FakeScore = field(default_factory=FakeScore)
     discriminator: Discriminator = field(default_factory=Discriminator)
 
     def __post_init__(self) -> None:
@@ -118,22 +161,6 @@ class Settings:
             raise ValueError(f"teacher_steps: got {self.teacher_steps}, needed at least 1, or null for the pipeline's num_steps")
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: got {self.guidance_scale}, needed at least 1 (1 is no guidance)")
-        if not 0 < self.lowest_level < self.highest_level <= 1 or self.level_shift <= 0:
-            raise ValueError(
-                f"got lowest_level {self.lowest_level}, highest_level {self.highest_level} and level_shift {self.level_shift}; needed "
-                "0 < lowest < highest <= 1 and a positive shift"
-            )
-
-    def levels(self, share: Tensor) -> Tensor:
-        """Map numbers in [0, 1] to noise levels; with a shift they are shifted as schedules are, and stay within the limits."""
-        plain = self.lowest_level + (self.highest_level - self.lowest_level) * share
-        if self.level_shift == 1:
-            return plain
-        low, high = (
-            float(shift_sigmas(torch.tensor([limit], dtype=torch.float64), 1 / self.level_shift))
-            for limit in (self.lowest_level, self.highest_level)
-        )
-        return shift_sigmas(low + (high - low) * share, self.level_shift)
 
 
 @runtime_checkable
@@ -148,6 +175,11 @@ class Distillation(Protocol):
     @property
     def judges(self) -> bool:
         """Whether there is a discriminator."""
+        ...
+
+    @property
+    def weighs_batch(self) -> bool:
+        """Whether ``weigh`` reads the whole batch; where it does not, the loop looks at one micro-batch at a time and keeps the student's pass for its loss."""
         ...
 
     def start(self) -> State:

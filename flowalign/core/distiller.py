@@ -12,7 +12,7 @@ from torch import Tensor
 from flowalign.core.adversarial import approximate_r1, discriminator_loss, generator_loss
 from flowalign.core.algorithm import CURRENT, REFERENCE, Loss, Rows, Update, Velocity, sample_number
 from flowalign.core.decays import Decay, constant
-from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Pairs, Settings, State
+from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER, Levels, Pairs, Settings, State
 from flowalign.core.distribution_matching import dmd_scale, guidance_direction, matching_direction, pseudo_huber, push, regress
 from flowalign.core.matching import uniform_rows
 from flowalign.core.paths import interpolate, velocity_to_x0
@@ -35,6 +35,11 @@ class Distiller:
     def judges(self) -> bool:
         """Whether there is a discriminator: a student that ignores it needs none."""
         return bool(self.config.adversarial_weight > 0)
+
+    @property
+    def weighs_batch(self) -> bool:
+        """Whether weights are of the whole batch."""
+        return False
 
     @property
     def weighs_guidance(self) -> bool:
@@ -110,21 +115,26 @@ class Distiller:
             noise = normal(event, seed=update.seed, purpose=purpose, step=key, prompts=experience.prompt[chosen], samples=samples)
             return noise.to(experience.x0)
 
+        def level(levels: Levels, purpose: str) -> Tensor:
+            return levels.of(uniform_rows(1, experience, update, chosen, key=key, purpose=purpose).flatten()).to(experience.x0)
+
         rung = int(uniform(seed=update.seed, purpose="student rung", step=key) * (len(sigmas) - 1))
         columns = {
             "first": drawn("student noise") * experience.spread,
             "noise": drawn("matching noise"),
-            "sigma": config.levels(uniform_rows(1, experience, update, chosen, key=key, purpose="matching level").flatten()).to(
-                experience.x0
-            ),
+            "sigma": level(config.levels, "matching level"),
             "rung": torch.full((len(chosen),), rung, device=device),
             **path,
         }
-        if self._is_critics(update) and self.judges:
-            columns |= {"real": x0}
+        if not self._is_critics(update):
+            return Rows(sample=sample, columns=columns | {"student": torch.ones_like(columns["sigma"])})
+        if config.fake.levels is not None:
+            columns["fake_sigma"] = level(config.fake.levels, "fake level")
+        if self.judges:
+            columns["real"] = x0
             if config.discriminator.r1 > 0:
-                columns |= {"disturbance": drawn("r1 noise")}
-        return Rows(sample=sample, columns=columns | ({} if self._is_critics(update) else {"student": torch.ones_like(columns["sigma"])}))
+                columns["disturbance"] = drawn("r1 noise")
+        return Rows(sample=sample, columns=columns)
 
     # -- networks -----------------------------------------------------------------------------------------------------------------
 
@@ -174,7 +184,8 @@ class Distiller:
 
     def broken(self, rows: Rows) -> dict[str, bool]:
         """Tell whose output is not finite, of what ``look`` added; in the order of blame, for one makes the next one so."""
-        by = {CURRENT: "x0", DISCRIMINATOR: "logits", FAKE: "matching"}
+        # What the teacher says is in all that follows: the scale is of its samples and the student's, and its blocks are what the discriminator reads.
+        by = {CURRENT: "x0", TEACHER: "scale", DISCRIMINATOR: "logits", FAKE: "matching"}
         return {player: name in rows.columns and not bool(torch.isfinite(rows[name]).all()) for player, name in by.items()}
 
     def weigh(self, parts: Sequence[Rows], state: State, reduce: Reduce) -> tuple[list[Rows], State, dict[str, float]]:
@@ -199,8 +210,9 @@ class Distiller:
 
     def _fake_loss(self, rows: Rows, velocity: Velocity) -> Loss:
         """Match the velocity of the student's own samples: plain flow matching."""
-        x = interpolate(rows["x0"], rows["noise"], rows["sigma"])
-        value = regress(velocity(x, rows["sigma"], rows.sample, FAKE), rows["noise"] - rows["x0"])
+        sigma = rows["fake_sigma" if "fake_sigma" in rows.columns else "sigma"]
+        x = interpolate(rows["x0"], rows["noise"], sigma)
+        value = regress(velocity(x, sigma, rows.sample, FAKE), rows["noise"] - rows["x0"])
         return Loss(value=value, metrics={f"{FAKE}/error": value.detach()})
 
     def _discriminator_loss(self, rows: Rows, velocity: Velocity) -> Loss:
@@ -248,7 +260,7 @@ class Distiller:
 def level_edges(config: Settings, num_bins: int) -> Tensor:
     """Return the edges of bins that hold equal shares of the noise levels that are drawn."""
     share = (torch.arange(_EDGE_DRAWS, dtype=torch.float64) + 0.5) / _EDGE_DRAWS
-    return quantile_edges(config.levels(share), num_bins)
+    return quantile_edges(config.levels.of(share), num_bins)
 
 
 _EDGE_DRAWS, _QUARTERS = 1024, 4

@@ -79,7 +79,7 @@ class Weighted:
         weight: Mean 1 over the batch of all ranks, without gradient, float64 ``[batch]``.
         calibration: Of each bin its mean ratio, and the weight that the mean stands on (0 where the bin was never seen), to be handed to the next
             call and saved; float64 ``[2, bins]``.
-        stats: ``ratio`` (mean of the clipped, uncalibrated ratio), ``weight_min``, ``weight_mean``, ``weight_max`` (before normalisation),
+        stats: ``ratio`` (mean of the clipped, uncalibrated ratio), ``log_ratio`` (mean before clipping), ``weight_min``, ``weight_mean``, ``weight_max`` (before normalisation),
             ``effective_share`` (effective sample size over the batch size), ``clipped`` (share outside the clip), ``calibrated`` (share of bins whose
             mean lies in [1/2, 2]). Of all ranks.
     """
@@ -211,7 +211,7 @@ def density_weights(
     counts = torch.stack([torch.ones_like(raw).sum(), outside.sum(), clipped.exp().sum(), raw.sum()])
     size, num_outside, ratio_sum, raw_sum = reduce(counts).tolist()
     if num_outside > _MOSTLY * size:
-        _warn_of_clip(num_outside / size, raw_sum / size, settings)
+        _warn_of_clip(raw_sum / size, settings)
     calibration = _calibrated(clipped.exp(), bins, calibration, settings.decay, reduce)
     means = calibration[0]
     level = means.log()[bins] if len(means) else torch.zeros_like(clipped)
@@ -220,6 +220,7 @@ def density_weights(
     highest, lowest = reduce(torch.stack([h.max(), -h.min()]), "max").tolist()
     stats = {
         "ratio": ratio_sum / size,
+        "log_ratio": raw_sum / size,
         "weight_min": -lowest,
         "weight_mean": mean,
         "weight_max": highest,
@@ -246,12 +247,13 @@ def _calibrated(ratio: Tensor, bins: Tensor, calibration: Tensor, decay: float, 
     return torch.where(count > 0, torch.stack([moved, weight]), calibration)
 
 
-def _warn_of_clip(share: float, mean: float, settings: RatioWeights) -> None:
+def _warn_of_clip(mean: float, settings: RatioWeights) -> None:
+    # In the same words every time, so that Python says it once; how many and how far is in the statistics of every call.
     side = "far below: the discriminator tells the student's samples apart at once" if mean < 0 else "far above"
     warnings.warn(
-        f"density ratio: {share:.0%} of the batch lie outside [{settings.lower:g}, {settings.upper:g}] ({side}; mean log-ratio {mean:.2f}), so that "
-        "weights say little; train the critics alone for longer, lower the discriminator's learning rate, or give it an R1 penalty",
-        stacklevel=3,
+        f"density ratio: most of the batch lies outside [{settings.lower:g}, {settings.upper:g}] ({side}; see the statistics clipped and log_ratio), so "
+        "that weights say little; train the critics alone for longer, lower the discriminator's learning rate, or give it an R1 penalty",
+        stacklevel=1,
     )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ AVERAGE = "average"
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
+
+
+class Diverged(FloatingPointError):
+    """A player's output, loss or gradient is not finite; it was not updated."""
 
 
 class Alarmed(ValueError):
@@ -136,6 +141,7 @@ class Trainer:
                 folder=self.folder / "pairs",
                 accelerator=self.accelerator,
                 clock=self.clock,
+                shown=self.result,
             )
         assert self.estimator is not None
         return Collector(
@@ -179,24 +185,34 @@ class Trainer:
         parts = rows.split(self.config.micro_batch_size)
         turns = self.algorithm.turns(update, ready=self.may_move)
         logged: dict[str, float] = {}
+        apart = False  # whether parts are looked at one by one, as their losses need them
         if isinstance(self.algorithm, HasHeads):
             with torch.no_grad():
                 parts = [self.algorithm.look(part, velocity) for part in parts]
         elif isinstance(self.algorithm, Distillation):
-            # A student's pass is kept for its loss where the whole batch is one; else it is made again, so that weights are of the whole batch.
-            with torch.set_grad_enabled(len(parts) == 1 and CURRENT in turns):
-                parts = [self.algorithm.look(part, velocity) for part in parts]
-            self._check_outputs(parts, update.step)
-            parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._reduce)
+            apart = CURRENT in turns and not self.algorithm.weighs_batch
+            if not apart and (turns or self.algorithm.weighs_batch):
+                # A student's pass is kept for its loss where the whole batch is one; else it is made again, so that weights are of the whole batch.
+                parts, logged = self._look(parts, velocity, update.step, keep_pass=len(parts) == 1 and CURRENT in turns)
+        turn = partial(self._gradient, parts=parts, velocity=velocity, keep=experience.keep, update=update, apart=apart)
         # All players' gradients before any moves: a loss that is not finite leaves everybody where he was.
-        found = {name: self._gradient(name, parts, velocity, experience.keep, update) for name in dict.fromkeys(turns)}
+        found = {name: turn(name) for name in dict.fromkeys(turns)}
         for name, means in found.items():
             logged |= self._move(name, means, update)
         # Of a head's several turns the first is told: it is of samples that it had not learnt from.
         for name, number in Counter(turns).items():
             for _ in range(number - 1):
-                self._move(name, self._gradient(name, parts, velocity, experience.keep, update), update)
+                self._move(name, turn(name), update)
         return logged
+
+    def _look(self, parts: Sequence[Rows], velocity: Velocity, step: int, *, keep_pass: bool) -> tuple[list[Rows], dict[str, float]]:
+        """Let a distillation's networks look at rows and weigh them; the student's pass may be kept for its loss."""
+        assert isinstance(self.algorithm, Distillation)
+        with torch.set_grad_enabled(keep_pass):
+            parts = [self.algorithm.look(part, velocity) for part in parts]
+        self._check_outputs(parts, step)
+        parts, self.state, logged = self.algorithm.weigh(parts, self.state, self._reduce)
+        return parts, logged
 
     def _reduce(self, x: Tensor, op: Operation = "sum") -> Tensor:
         """Sum over ranks, or take the largest."""
@@ -228,11 +244,15 @@ class Trainer:
         self.held_back += not ready
         return ready
 
-    def _gradient(self, name: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, update: Update) -> dict[str, float]:
+    def _gradient(
+        self, name: str, *, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, update: Update, apart: bool
+    ) -> dict[str, float]:
         """Leave a player's clipped gradient in its parameters; returns its loss, metrics and norm, and nothing without a row to learn from."""
         player = self.trained[name]
         try:
-            sums, count = self._backward(name, parts, velocity, keep)
+            sums, count = self._backward(name, parts, velocity, keep, look_at=update.step if apart else None)
+        except Diverged:
+            raise
         except FloatingPointError as error:
             raise self._diverged(name, update.step, str(error)) from error
         norm = float(sharding.whole(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm)))
@@ -258,8 +278,12 @@ class Trainer:
         rest = {key: value for key, value in means.items() if key not in ("loss", "grad_norm")}
         return {f"{prefix}loss": means["loss"], **rest, f"{prefix}grad_norm": means["grad_norm"]}
 
-    def _backward(self, player: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor) -> tuple[dict[str, Tensor], float]:
+    def _backward(
+        self, player: str, parts: Sequence[Rows], velocity: Velocity, keep: Tensor, *, look_at: int | None = None
+    ) -> tuple[dict[str, Tensor], float]:
         """Accumulate the gradient of the mean loss over the rows of kept samples; micro-batches only bound the memory.
+
+        With ``look_at``, the number of the step, a distillation's networks look at each part right before its loss.
 
         Returns:
             Of each metric its sum over this rank's kept rows and their number, and the number of kept rows a rank, on average over the ranks.
@@ -272,6 +296,8 @@ class Trainer:
             # As this player until the backward pass is done: checkpointed activations are computed again in it.
             acting = self.pipeline.roles.use(player) if player == FAKE else nullcontext()
             with acting, nullcontext() if last else self.accelerator.no_sync(self._module_of(player)):
+                if look_at is not None:
+                    part = self._look([part], velocity, look_at, keep_pass=True)[0][0]
                 loss = self.algorithm.loss(player, part, velocity)
                 self.accelerator.backward((loss.value * mask.to(loss.value)).sum() / max(count, 1.0))
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
@@ -310,10 +336,15 @@ class Trainer:
                 "Lower train.learning_rate, and resume from the last checkpoint"
             )
 
-    def _diverged(self, player: str, step: int, what: str) -> FloatingPointError:
+    def _diverged(self, player: str, step: int, what: str) -> Diverged:
         for other in self.trained.values():
             other.optimizer.zero_grad(set_to_none=True)
-        return FloatingPointError(
+        if player not in self.trained:
+            return Diverged(
+                f"step {step}, the frozen {player}: {what} (last finite: {self._last_finite}); nobody was updated. Its weights are broken, or pipeline.dtype "
+                "is too narrow for its activations: take bfloat16 or float32, and check it with flowalign doctor"
+            )
+        return Diverged(
             f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); it was not updated. "
             f"Lower {'train' if player == CURRENT else f'algorithm.{player}'}.learning_rate or raise the penalties, and resume from the last checkpoint"
         )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowalign.core.algorithm import REFERENCE, sample_number
+from flowalign.core.algorithm import CURRENT, REFERENCE, sample_number
 from flowalign.core.distillation import Pairs, Settings
 from flowalign.core.plans import ode
 from flowalign.core.randomness import generator, normal
@@ -45,6 +45,7 @@ class PairCollector:
         accelerator: Devices and ranks.
         clock: Times the phases.
         heads: The discriminator, where there is one.
+        shown: The student's version whose images are measured: the one that the run will be saved as.
     """
 
     pipeline: Pipeline
@@ -59,6 +60,7 @@ class PairCollector:
     accelerator: Accelerator
     clock: Clock
     heads: Mapping[str, HeadPlayer] = field(default_factory=dict)
+    shown: str = CURRENT
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be dealt out, and rungs that are none."""
@@ -84,10 +86,11 @@ class PairCollector:
                 f"{len(self.sigmas) - 1} rungs; a student needs {steps}, the first at noise (at least {_NOISE}). Give the pipeline a scheduler with "
                 'timestep_spacing "trailing"'
             )
-        if self.settings.highest_level > float(self.sigmas[0]):
-            raise ValueError(
-                f"algorithm.highest_level: got {self.settings.highest_level}, but this model knows no level above {float(self.sigmas[0]):.4f}; lower it"
-            )
+        for where, levels in (("levels", self.settings.levels), ("fake.levels", self.settings.fake.levels)):
+            if levels is not None and levels.highest > float(self.sigmas[0]):
+                raise ValueError(
+                    f"algorithm.{where}.highest: got {levels.highest}, but this model knows no level above {float(self.sigmas[0]):.4f}; lower it"
+                )
         self.spread, self.finish = self.pipeline.ends(steps)
         # Under guidance the teacher computes two rows where the student computes one.
         self._rows_of_teacher = self.teacher.rows_per_evaluation // self.pipeline.rows_per_evaluation
@@ -221,6 +224,7 @@ class PairCollector:
             ode(self.settings.student_steps),
             x_init=noise.to(self.accelerator.device),
             noise=no_noise,
+            role=self.shown,
             batch_size=self.config.rollout_batch_size,
         )
         self.evaluations["shown"] += done.evaluations

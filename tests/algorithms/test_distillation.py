@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from flowalign.algorithms import dmd2, f_distill
-from flowalign.core.adamw import AdamW
 from flowalign.core.algorithm import Update
 from flowalign.core.discriminators import Discriminator
-from flowalign.core.distillation import Pairs
+from flowalign.core.distillation import FakeScore, Levels, Pairs
 from flowalign.core.divergences import weight
 from flowalign.core.ratios import RatioWeights, identity
 from flowalign.core.worlds import GaussianWorld
@@ -284,7 +283,7 @@ def test_the_critics_losses():
 
 def test_levels_lie_within_their_limits_and_a_shift_makes_them_noisier():
     share = torch.linspace(0, 1, 101, dtype=torch.float64)
-    plain, shifted = (f_distill.Config(level_shift=shift).levels(share) for shift in (1.0, 3.0))
+    plain, shifted = (Levels(shift=shift).of(share) for shift in (1.0, 3.0))
     for levels in (plain, shifted):
         assert levels[0].item() == pytest.approx(0.02)
         assert levels[-1].item() == pytest.approx(0.98)
@@ -317,16 +316,47 @@ def test_weights_that_do_not_read_the_ratio_do_not_wait_for_it():
         ({"student_steps": 0}, "student_steps: got 0, needed at least 1"),
         ({"guidance_scale": 0.5}, "guidance_scale: got 0.5, needed at least 1"),
         ({"adversarial_weight": 0.0}, "reads density ratios off the discriminator"),
-        ({"lowest_level": 0.0}, "0 < lowest < highest <= 1"),
         ({"teacher_steps": 0}, "teacher_steps: got 0"),
         ({"patience": 10, "least_steps": 10}, "patience: got 10, needed more than least_steps"),
         ({"warmup_learning_rate": 0.0}, "warmup_learning_rate: got 0.0"),
-        ({"fake": {"learning_rate": -1.0}}, "got learning_rate -1.0 and weight_decay"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        f_distill.Config(**{key: AdamW(**value) if key == "fake" else value for key, value in options.items()})
+        f_distill.Config(**options)
+
+
+def test_levels_and_rates_that_cannot_be_meant_are_refused():
+    with pytest.raises(ValueError, match="got lowest 0.0, highest 0.98 and shift 1.0; needed 0 < lowest < highest <= 1"):
+        Levels(lowest=0.0)
+    with pytest.raises(ValueError, match="got learning_rate -1.0 and weight_decay"):
+        FakeScore(learning_rate=-1.0)
+
+
+def test_the_fake_score_has_noise_levels_of_its_own_where_told():
+    student, batch = Student(0.7, 1.4), pairs(40, shares=2)
+    plain, own = (built(fake=FakeScore(levels=levels)) for levels in (None, Levels(lowest=0.9, highest=1.0)))
+    critics = Update(seed=0, step=0, index=0)
+    one, two = (algorithm.rows(batch, critics) for algorithm in (plain, own))
+    assert torch.equal(one["sigma"], two["sigma"])  # the discriminator judges where samples are weighed
+    assert "fake_sigma" not in one.columns
+    assert ((two["fake_sigma"] >= 0.9) & (two["fake_sigma"] <= 1)).all()
+    assert two["fake_sigma"].unique().numel() == 20
+
+    def asked(role, rows):
+        seen = []
+
+        def velocity(x, sigma, sample, name):
+            seen.append(sigma)
+            return Networks(student)(x, sigma, sample, name)
+
+        own.loss(role, own.look(rows, Networks(student)), velocity)
+        return seen[0][:20]
+
+    assert torch.equal(asked("fake", two), two["fake_sigma"])
+    assert torch.equal(asked("fake", one), one["sigma"])
+    assert torch.equal(asked("discriminator", two), two["sigma"])
+    assert "fake_sigma" not in own.rows(batch, Update(seed=0, step=0, index=1)).columns
 
 
 def test_unknown_divergences_and_taps_are_refused():

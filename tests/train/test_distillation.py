@@ -4,6 +4,7 @@ import math
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -87,8 +88,9 @@ def test_the_warm_up_has_a_learning_rate_of_its_own_which_falls_to_the_usual_one
     assert rates == pytest.approx([*falling, falling[1], usual])
 
 
-def test_the_teacher_is_the_base_bit_for_bit_and_the_fake_score_begins_as_it(write_config):
-    built = build(write_config)
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_the_teacher_is_the_base_bit_for_bit_and_the_fake_score_begins_as_it(write_config, model, lora):
+    built = build(write_config, pipeline={"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": lora})
     x, sigma = torch.randn(2, *built.pipeline.event_shape), torch.tensor([0.3, 0.8])
     cond = built.pipeline.encode(["a red ring", "a blue disk"])
 
@@ -360,10 +362,23 @@ def test_without_a_discriminator_the_teachers_pass_is_the_references_and_carries
     assert "taps" not in counts
 
 
+def test_what_is_measured_is_the_version_that_is_saved(write_config):
+    """With an average of the weights the images that choose the best step are the average's."""
+    built = build(write_config, train={**SMALL, "ema_decay": 0.9}, algorithm={"warmup_steps": 3})
+    assert built.result == built.collector.shown == "average"
+    for step in range(2):
+        built.step(step)
+    latents = built.collect(2).latents
+    live = build(write_config, train=SMALL)
+    assert live.collector.shown == "current"
+    built.collector.shown = "current"
+    assert not torch.equal(built.collect(2).latents, latents)
+
+
 def test_a_teacher_that_cannot_be_guided_is_refused(write_config, monkeypatch):
     from flowalign.pipelines.sd3 import Config as SD3
 
-    monkeypatch.setattr(SD3, "guided", lambda self, scale: self)  # as a pipeline whose guidance is embedded
+    monkeypatch.setattr(SD3, "guided", lambda self, scale, pipe: self)  # as a pipeline whose guidance is embedded
     with pytest.raises(ConfigError, match=r"algorithm.guidance_scale: got 3.0, but the pipeline makes no second pass"):
         build(write_config, algorithm={"guidance_scale": 3.0})
 
@@ -394,14 +409,90 @@ def test_ratios_outside_the_clip_are_warned_of_with_the_remedy(write_config):
     built = build(write_config)
     with torch.no_grad():
         built.heads["discriminator"].bare.pooled[0].bias.fill_(-8.0)
-    with pytest.warns(UserWarning, match=r"density ratio: 100% of the batch lie outside .*lower the discriminator's learning rate"):
+    with pytest.warns(UserWarning, match=r"density ratio: most of the batch lies outside .*lower the discriminator's learning rate"):
         line = built.step(0)
     assert line["metrics"]["ratio/clipped"] == 1
+    assert line["metrics"]["ratio/log_ratio"] < math.log(0.1)
+    said = {str(seen.message) for seen in warned(lambda: [built.step(step) for step in (1, 2)])}
+    assert len([text for text in said if text.startswith("density ratio")]) == 1  # the same words: said once a run
+
+
+def warned(act):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        act()
+    return seen
 
 
 def test_the_penalty_of_a_discriminator_takes_a_third_early_pass(write_config):
     built = build(write_config, algorithm={"discriminator": {"taps": [0.5], "width": 8, "r1": 0.1}})
     assert built.step(0)["evaluations"]["taps"] == 2 * 3 * 4
+
+
+def test_a_teacher_that_is_not_finite_is_named_and_not_the_critics(write_config):
+    built = build(write_config, algorithm={"least_steps": 1})
+    found = built.collect(0)
+    with torch.no_grad():
+        built.pipeline.denoiser.proj_out.weight.fill_(float("nan"))  # as float16 overflows; behind the taps and in every role
+    rows = built.algorithm.rows(found.experience, Update(seed=0, step=1, index=built.algorithm.num_updates - 1))
+    honest = found.velocity
+
+    def velocity(x, sigma, sample, role):
+        # The student's own output is whole, as with other weights.
+        return torch.zeros_like(x) if role == "current" else honest(x, sigma, sample, role)
+
+    with torch.no_grad():
+        rows = built.algorithm.look(rows, velocity)
+    with pytest.raises(FloatingPointError, match=r"step 1, the frozen teacher: its output is not finite .*pipeline.dtype"):
+        built._check_outputs([rows], 1)
+
+
+def test_no_block_behind_the_last_tap_is_called_for_the_critics(write_config):
+    built = build(write_config, algorithm={"discriminator": {"taps": [0.0], "width": 8}})
+    found = built.collect(0)
+    first, *_, last = built.pipeline.denoiser.transformer_blocks
+    called = []
+    for name, block in (("first", first), ("last", last)):
+        block.register_forward_hook(lambda *_, name=name: called.append(name))
+    x = torch.randn(2, *built.pipeline.event_shape)
+    with torch.no_grad():
+        found.velocity(x, torch.tensor([0.3, 0.6]), torch.tensor([0, 1]), "discriminator")
+    assert called == ["first"]
+    with torch.no_grad():
+        found.velocity(x, torch.tensor([0.3, 0.6]), torch.tensor([0, 1]), "reference")
+    assert called[1:] == ["first", "last"]
+
+
+def test_constant_weights_need_no_second_pass_of_the_student_in_micro_batches(write_config):
+    found = []
+    for size in (4, 1):
+        algorithm = {key: value for key, value in F_DISTILL.items() if key != "weights"} | {"type": "dmd2"}
+        path = write_config(f"micro_{size}", train={**SMALL, "micro_batch_size": size}, rewards=[], algorithm=algorithm)
+        built = build_trainer(load_config(str(path)), Accelerator())
+        held = built.step(0)["evaluations"]
+        assert "reference" not in held  # held back, nothing of the student's update is looked at
+        line = built.step(1)
+        found.append((line, weights_of(built, "current")))
+    (one, before), (two, after) = found
+    assert one["evaluations"] == two["evaluations"]
+    assert two["evaluations"]["train"] == (2 + 1) * 4  # two updates of the fake score, one of the student, each row once
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for name, value in before.items():
+        assert (value - after[name]).abs().mean() < 0.02 * SMALL["learning_rate"], name
+
+
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_a_student_of_several_steps_walks_to_its_rung_and_finishes_there(write_config, monkeypatch, rung):
+    """Backward simulation at rung r: r passes without gradient, one with."""
+    monkeypatch.setattr("flowalign.core.distiller.uniform", lambda **_: (rung + 0.5) / 3)
+    built = build(write_config, algorithm={"student_steps": 3, "least_steps": 1})
+    built.step(0)
+    counts = built.step(1)["evaluations"]
+    batch = 4
+    # Two updates of the critics, in which no pass of the student carries gradient, then its own.
+    assert counts["current"] == 2 * (rung + 1) * batch + rung * batch
+    assert counts["train"] == (2 + 1) * batch
+    assert (counts["reference"], counts["fake"], counts["taps"], counts["shown"]) == (batch, batch, 2 * 2 * batch, 3 * batch)
 
 
 @pytest.mark.parametrize("player", ["discriminator", "fake", "current"])

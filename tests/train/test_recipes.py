@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from flowalign.config import ConfigError, encode
 from flowalign.core.algorithm import Update
 from flowalign.core.plans import ode
 from flowalign.run import build_trainer
@@ -90,7 +91,7 @@ def test_what_is_trained_at_the_last_rung_is_what_the_pipeline_decodes(prompts, 
         (["--pipeline.timestep_spacing", "leading"], r'schedule of 1 steps begins at level 0\.\d+ .*timestep_spacing "trailing"'),
         (["--algorithm.student_steps", "3"], r"algorithm.student_steps: got 3, .*take a divisor of its number of training timesteps"),
         (["--algorithm.student_steps", "1001"], r"algorithm.student_steps: got 1001, .*take a divisor of its number of training timesteps"),
-        (["--algorithm.highest_level", "0.98"], r"highest_level: got 0.98, but this model knows no level above 0.93"),
+        (["--algorithm.levels.highest", "0.98"], r"levels.highest: got 0.98, but this model knows no level above 0.93"),
     ],
 )
 def test_levels_that_a_student_cannot_begin_at_or_a_model_does_not_know_are_refused(prompts, flags, message):
@@ -98,3 +99,21 @@ def test_levels_that_a_student_cannot_begin_at_or_a_model_does_not_know_are_refu
     pipe = config.pipeline.spaced(families.pipeline("sd 1.5"))
     with pytest.raises(ValueError, match=message):
         build_trainer(config, Accelerator(), pipeline=families.build("sd 1.5", pipe=pipe, lora=None, num_steps=4))
+
+
+def test_guidance_by_a_second_pass_is_refused_for_a_model_that_is_told_of_guidance(prompts, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"algorithm.guidance_scale: got 3.0, but this model is told of guidance already \(pipeline.guidance_scale: 3.5\)"
+    ):
+        build("flux_f_distill", prompts, tmp_path / "run", "--algorithm.guidance_scale", "3")
+    flags = ("--algorithm.guidance_scale", "3", "--pipeline.guidance_scale", "1", "--algorithm.student_steps", "1")
+    _, built = build("flux_f_distill", prompts, tmp_path / "other", *flags)
+    assert built.teacher.rows_per_evaluation == 2 * built.pipeline.rows_per_evaluation
+
+
+def test_the_two_recipes_of_the_shapes_world_differ_in_the_weight_alone():
+    one, two = (encode(load_config(name)) for name in ("shapes_f_distill", "shapes_dmd2"))
+    assert one["algorithm"].pop("type") == "f_distill"
+    assert two["algorithm"].pop("type") == "dmd2"
+    del one["algorithm"]["weights"], one["algorithm"]["weigh_guidance"], one["output"], two["output"]
+    assert one == two
