@@ -27,7 +27,7 @@ class Result:
 
     Attributes:
         runs: The model; or several of one recipe, of which the first stands in tables and pictures.
-        base: What it is compared with.
+        bases: What it is compared with, if anything: a model, or several training seeds of another recipe, of which the first stands in tables and pictures.
         names: What the two are called, the base's first.
         num_steps: Denoising steps of the model and of the base.
         fidelity: Of each run, where it was measured.
@@ -36,12 +36,17 @@ class Result:
     """
 
     runs: Sequence[Evaluation]
-    base: Evaluation | None
+    bases: Sequence[Evaluation]
     names: tuple[str, str]
     num_steps: tuple[int, int]
     fidelity: Sequence[Comparison]
     resolution: float
     settings: Mapping[str, Any]
+
+    @property
+    def base(self) -> Evaluation | None:
+        """The first of what it is compared with."""
+        return self.bases[0] if self.bases else None
 
     @cached_property
     def differences(self) -> dict[Measure, Difference]:
@@ -53,7 +58,7 @@ class Result:
         """What several runs gained, by measure; empty where there is one."""
         if self.base is None or len(self.runs) < 2:
             return {}
-        return {measure: seed_gains(self.base, self.runs, measure=measure) for measure in self.differences}
+        return {measure: seed_gains(self.bases, self.runs, measure=measure) for measure in self.differences}
 
     @cached_property
     def verdicts(self) -> dict[Measure, str]:
@@ -75,7 +80,7 @@ class Result:
         told: dict[str, Any] = summaries[0]
         if self.base is not None:
             told = {
-                "base": self.base.summary(),
+                "base": self.base.summary() if len(self.bases) == 1 else [base.summary() for base in self.bases],
                 "tuned": summaries[0] if len(summaries) == 1 else summaries,
                 "paired_difference": {measure: difference.as_dict() for measure, difference in self.differences.items()},
                 "p_value_holm": {measure: holm(difference.p_value_per_tag) for measure, difference in self.differences.items()},
@@ -95,6 +100,7 @@ class Result:
         against = "" if mine == others else f" against {others} of the other"
         for measure in self.differences or first.measures():
             several = f", the first of {len(self.runs)} runs" if len(self.runs) > 1 else ""
+            several += f" and of {len(self.bases)} others" if len(self.bases) > 1 else ""
             print(f"\n{measure} on {first.suite}, {len(first.records)} images, {mine} steps{against}, seed {first.seed}{several}")
             print(table(self.base or first, first if self.base else None, measure=measure))
             if measure in self.over_seeds:
@@ -111,8 +117,8 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         for number, run in enumerate(self.runs):
             run.write(folder / ("records.jsonl" if number == 0 else f"records_{number + 1}.jsonl"))
-        if self.base is not None:
-            self.base.write(folder / "records_base.jsonl")
+        for number, base in enumerate(self.bases):
+            base.write(folder / ("records_base.jsonl" if number == 0 else f"records_base_{number + 1}.jsonl"))
         told = {**self.as_dict(), "settings": dict(self.settings)}
         (folder / "summary.json").write_text(json.dumps(told, indent=2) + "\n")
         page = write_evaluation(
@@ -145,7 +151,15 @@ class Result:
                 for measure, found in self.over_seeds.items()
             ]
             runs = tuple(f"Run {number + 1}" for number in range(len(self.runs)))
-            columns = ("Gain in", *runs, "Over seeds (t)", "Over prompts", "Spread of runs", "by evaluation", "by training")
+            columns = (
+                "Gain in",
+                *runs,
+                "Over seeds (t)" if len(self.bases) == 1 else f"Over seeds (Welch, {len(self.bases)} others)",
+                "Over prompts",
+                "Spread of runs",
+                "by evaluation",
+                "by training",
+            )
             tables.append(Table(title="Training seeds", columns=columns, rows=rows))
         if self.differences:
             rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from flowalign import config as configuration
 from flowalign import images
 from flowalign.config import ConfigError
 from flowalign.core.algorithm import CURRENT, REFERENCE
@@ -22,12 +21,9 @@ from flowalign.core.penalties import velocity_mse
 from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation
-from flowalign.evaluate.suites import run_suite, suite
-from flowalign.evaluation_result import Result
-from flowalign.fidelity_options import ruler
+from flowalign.evaluate.suites import run_suite
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RunConfig, find_config, load_config
-from flowalign.suite_options import suite_options
 
 
 def generator_of(
@@ -106,7 +102,7 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
         raise ConfigError(
             f"{model}: is a run; name the model that it trained and the run as --lora {model}, or the full model {model}/weights"
         )
-    run = _run_of(Path(model) if lora is None else lora)
+    run = run_of(Path(model) if lora is None else lora)
     # The shipped pipeline is evaluated as its own configuration runs it.
     run = find_config("shapes_awm") if run is None and model == "shapes" else run
     config = None if run is None else load_config(str(run))
@@ -115,7 +111,7 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     settings = replace(settings, model=model, lora=None, num_steps=num_steps or own)
     if lora is None:
         return settings, settings.build(device=Accelerator().device)
-    weights = lora / "weights" if (lora / "weights").is_dir() else lora
+    weights = lora_files.weights_of(lora)
     rank, alpha, targets = lora_files.settings(weights)
     settings = replace(settings, lora=LoRA(rank=rank, alpha=alpha, targets=targets))
     built = settings.build(device=Accelerator().device)
@@ -128,101 +124,11 @@ def student_steps(config: RunConfig) -> int | None:
     return config.algorithm.student_steps if isinstance(config.algorithm, Settings) else None
 
 
-def _steps_of_other(mine: Path, other: str | None, num_steps: int) -> int:
-    """Return the steps of what a model is compared with: its own where it is a student, the teacher's where the model is one, else the same."""
-    runs = [_run_of(mine), None if other is None else _run_of(Path(other))]
-    own, theirs = (None if run is None else load_config(str(run)) for run in runs)
-    few = None if theirs is None else student_steps(theirs)
-    return few or (num_steps if own is None or student_steps(own) is None else own.pipeline.num_steps)
-
-
-def _run_of(weights: Path) -> Path | None:
+def run_of(weights: Path) -> Path | None:
     """Find the configuration of the run that weights come from: a run folder, its ``weights``, or a file in there."""
     folder = weights.parent if weights.is_file() else weights
     run = folder.resolve().parent if folder.name == "weights" else folder
     return run / "config.yaml" if folder.is_dir() and (run / "config.yaml").is_file() else None
-
-
-def evaluate(
-    model: str,
-    *,
-    suite_name: str = "shapes",
-    lora: Path | Sequence[Path] | None = None,
-    against: str | None = None,
-    output: Path | None = None,
-    seed: int = 0,
-    num_prompts: int | None = None,
-    images_per_prompt: int = 4,
-    num_steps: int | None = None,
-    resolution: float = 0.02,
-    reference_images: Path | None = None,
-    extractor: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``.
-
-    Several LoRAs are runs of one recipe from several training seeds. ``reference_images`` and ``extractor`` are those of
-    :func:`flowalign.fidelity_options.ruler`, ``options`` those of :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts".
-    """
-    loras = [] if lora is None else [lora] if isinstance(lora, Path) else list(lora)
-    _check_recipe(loras)
-    sizes = {"num_prompts": num_prompts, "images_per_prompt": images_per_prompt}
-    chosen = suite(suite_name, **{**sizes, **suite_options(suite_name, num_prompts, options or {})})
-    settings, evaluated = open_model(model, loras[0] if loras else None, num_steps=num_steps)
-    measured_by = ruler(chosen, folder=reference_images, extractor=extractor, image_size=image_size(evaluated))
-    steps = evaluated.num_steps
-    runs, base, others = [score_model(evaluated, chosen, num_steps=steps, seed=seed, title=model)], None, steps
-    if against is not None or loras:
-        others = _steps_of_other(loras[0] if loras else Path(model), against, steps)
-    if against is not None:
-        # The same settings: a comparison is of weights, not of guidance or sizes.
-        other = replace(settings, model=against, lora=None).build(device=evaluated.device)
-        base = score_model(other, chosen, num_steps=others, seed=seed, title=against)
-    elif loras:
-        base = score_model(evaluated, chosen, num_steps=others, seed=seed, title=f"{model} without LoRA", role=REFERENCE)
-    for further in loras[1:]:
-        _, evaluated = open_model(model, further, num_steps=num_steps)
-        runs.append(score_model(evaluated, chosen, num_steps=steps, seed=seed, title=str(further)))
-    result = Result(
-        runs=runs,
-        base=base,
-        names=(against or f"{model} without LoRA", f"{model} with {', '.join(map(str, loras))}" if loras else model),
-        num_steps=(steps, others),
-        fidelity=[] if measured_by is None else [measured_by.compare(run, base) for run in runs],
-        resolution=resolution,
-        settings=configuration.encode(settings),
-    )
-    result.show()
-    if output is not None:
-        result.write(output)
-    return {**result.as_dict(), "settings": dict(result.settings)}
-
-
-def image_size(pipeline: FlowPipeline) -> tuple[int, int]:
-    """Return height and width of a pipeline's images, by decoding one latent of zeros."""
-    with torch.no_grad():
-        height, width = pipeline.decode(torch.zeros(1, *pipeline.event_shape, device=pipeline.device)).shape[2:]
-    return int(height), int(width)
-
-
-def _check_recipe(loras: Sequence[Path]) -> None:
-    """Refuse runs that differ in more than their seed: what is between them would be no spread of training seeds."""
-    if len({path.resolve() for path in loras}) < len(loras):
-        raise ConfigError("--lora: a run is given twice; several are several training seeds of one recipe")
-    found = [(lora, None if (run := _run_of(lora)) is None else configuration.read_yaml(run)) for lora in loras]
-    for lora, settings in found[1:]:
-        first = found[0][1]
-        if settings is None or first is None:
-            raise ConfigError(
-                f"--lora: {lora if settings is None else found[0][0]} is no run, so its recipe is not known; several --lora are runs"
-            )
-        one, other = ({key: value for key, value in each.items() if key not in ("seed", "output")} for each in (first, settings))
-        changed = configuration.differences(one, other)
-        if changed:
-            raise ConfigError(
-                f"--lora: {lora} is of another recipe than {found[0][0]} ({'; '.join(changed)}); several --lora are training seeds of one recipe. Compare "
-                "recipes with flowalign benchmark"
-            )
 
 
 def sample(

@@ -16,8 +16,18 @@ _TEXT_SIZE = 11
 _TOLERANCE = 1e-3  # decoders may leave [0, 1] by rounding, not by more
 
 
+def floats(images: Tensor) -> Tensor:
+    """Return images in [0, 1] as floats, whether they are held as floats or as bytes.
+
+    Examples:
+        >>> floats(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([0., 1.])
+    """
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """Turn one image ``[3, h, w]`` in [0, 1] into a picture.
+    """Turn one image ``[3, h, w]``, floats in [0, 1] or bytes, into a picture.
 
     Raises:
         ValueError: If the shape is another one, a value is not finite, or values leave [0, 1] by more than rounding.
@@ -28,6 +38,8 @@ def to_pil(image: Tensor) -> Image.Image:
     """
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image: got shape {tuple(image.shape)}, needed (3, height, width)")
+    if image.dtype == torch.uint8:
+        return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     pixels = image.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(pixels).all()):
         raise ValueError("image: holds values that are not finite; the sampler or the decoder has diverged")
@@ -42,7 +54,7 @@ def grid(images: Tensor, columns: int, *, captions: Sequence[str] | None = None,
     """Lay images out in rows of a picture.
 
     Args:
-        images: ``[batch, 3, h, w]`` in [0, 1].
+        images: ``[batch, 3, h, w]``, floats in [0, 1] or bytes.
         columns: Images in a row.
         captions: One text below each image, cut where it does not fit.
         scale: Whole factor by which small images are enlarged, each pixel into a block.

@@ -205,6 +205,16 @@ def _compare_velocities(pipeline: FlowPipeline, fresh: nn.Module, role: str, fol
         )
 
 
+def weights_of(place: Path) -> Path:
+    """Return where a run keeps its weights; of anything else the place itself."""
+    return place / "weights" if (place / "weights").is_dir() else place
+
+
+def holds_lora(place: Path) -> bool:
+    """Tell whether there is a LoRA: a file, or a folder with one."""
+    return place.suffix == ".safetensors" if place.is_file() else (place / LORA_FILE).is_file()
+
+
 def _path(folder: Path) -> Path:
     path = Path(folder) if Path(folder).is_file() else Path(folder) / LORA_FILE
     if not path.is_file():

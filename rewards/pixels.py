@@ -49,13 +49,15 @@ def to_bytes(images: Tensor) -> Tensor:
     if images.device.type != "cpu":
         return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     values = images.detach().contiguous().view(-1)
-    rounded = torch.empty(values.shape, dtype=torch.uint8)
-    held = torch.empty(min(_IN_CACHE, len(values)))
-    # In parts that stay in the CPU's cache, and cast by numpy, whose cast is the faster one: several times as fast as the whole at once.
-    for part, to in zip(values.split(_IN_CACHE), rounded.split(_IN_CACHE), strict=True):
-        scaled = held[: len(part)].copy_(part).clamp_(0, 1).mul_(255).round_()
-        np.copyto(to.numpy(), scaled.numpy(), casting="unsafe")
-    return rounded.view(images.shape)
+    rounded = np.empty(len(values), dtype=np.uint8)
+    held = np.empty(min(_IN_CACHE, len(values)), dtype=np.float32)
+    # In parts that stay in the CPU's cache: several times as fast as the whole at once.
+    for start in range(0, len(values), _IN_CACHE):
+        part = values[start : start + _IN_CACHE].float().numpy()
+        scaled = np.multiply(part, np.float32(255), out=held[: len(part)])
+        np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+        np.copyto(rounded[start : start + len(part)], scaled, casting="unsafe")
+    return torch.from_numpy(rounded).view(images.shape)
 
 
 def arrays(images: Tensor) -> list[np.ndarray]:

@@ -37,7 +37,14 @@ def add_evaluate(add: Add) -> None:
         metavar="RUN",
         help="run folder or LoRA to load; compared with the model without it. Several are runs of one recipe from several training seeds",
     )
-    evaluate.add_argument("--against", default=None, metavar="MODEL", help="another model to compare with, on the same prompts and noise")
+    evaluate.add_argument(
+        "--against",
+        action="append",
+        default=None,
+        metavar="MODEL",
+        help="another model, or a run with another LoRA of the same one, to compare with on the same prompts and noise. Several are runs of another "
+        "recipe from several training seeds",
+    )
     evaluate.add_argument(
         "--reference-images",
         type=Path,
@@ -65,7 +72,7 @@ def add_evaluate(add: Add) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from flowalign.generate import evaluate
+    from flowalign.evaluation import evaluate
 
     evaluate(
         options.model,

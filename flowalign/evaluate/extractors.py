@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transform
 
 from flowalign.evaluate.fidelity import RandomFeatures
+from flowalign.images import floats
 from flowalign.rewards import clip, pixels, weights
 from flowalign.rewards.diversity import IMAGENET_MEAN, IMAGENET_STD
 from flowalign.rewards.geneval import weights_name
@@ -42,7 +43,7 @@ class Extractor:
 
     @torch.no_grad()
     def features(self, images: Iterable[Tensor]) -> Tensor:
-        """Return the features of images ``[3, h, w]``, which come one by one and need not fit into memory together.
+        """Return the features of images ``[3, h, w]``, floats in [0, 1] or bytes, which come one by one and need not fit into memory together.
 
         Returns:
             ``[image, d]`` float64 on the CPU.
@@ -56,7 +57,7 @@ class Extractor:
         return torch.cat(found)
 
     def _batch(self, images: Sequence[Tensor]) -> Tensor:
-        found = self.network(torch.stack(list(images)))
+        found = self.network(floats(torch.stack(list(images))))
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"extractor {self.name!r}: returned {got} for {len(images)} images, needed features [{len(images)}, d]")

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from flowalign.core.randomness import generator
 from flowalign.evaluate.scores import Interval
+from flowalign.images import floats
 
 _ROWS = 1024  # rows of the kernel matrix held at once
 
@@ -64,10 +65,10 @@ class RandomFeatures(nn.Module):
 
 
 def features_of(images: Tensor, *, network: nn.Module, batch_size: int = 256) -> Tensor:
-    """Return the features of many images, in batches, on the CPU in float64."""
+    """Return the features of many images, floats in [0, 1] or bytes, in batches, on the CPU in float64."""
     if len(images) == 0:
         raise ValueError("images: got none")
-    return torch.cat([network(chunk).to("cpu", torch.float64) for chunk in images.split(batch_size)])
+    return torch.cat([network(floats(chunk)).to("cpu", torch.float64) for chunk in images.split(batch_size)])
 
 
 def kernel_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, confidence: float = 0.95) -> Interval:
@@ -125,7 +126,7 @@ def within_prompt_distance(points: Tensor, prompt_id: Sequence[int]) -> Tensor:
     Unbiased in the number of images, at least 2 for each prompt. Prompts come in ascending order of their ids.
 
     Args:
-        points: Features ``[image, d]`` or images ``[image, 3, h, w]``.
+        points: Features ``[image, d]`` or images ``[image, 3, h, w]``, floats in [0, 1] or bytes.
         prompt_id: The prompt of each row.
 
     Returns:
@@ -134,9 +135,9 @@ def within_prompt_distance(points: Tensor, prompt_id: Sequence[int]) -> Tensor:
     Raises:
         ValueError: If a prompt has one image only.
     """
-    flat = points.flatten(1).double()
+    flat = points.flatten(1)
     scale = flat.shape[1] ** 0.5
-    return torch.stack([torch.pdist(rows).mean() / scale for rows in _by_prompt(flat, prompt_id, "a distance")])
+    return torch.stack([torch.pdist(floats(rows).double()).mean() / scale for rows in _by_prompt(flat, prompt_id, "a distance")])
 
 
 def relative_diversity(base: Tensor, tuned: Tensor, *, draws: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Interval:
@@ -207,14 +208,14 @@ class PixelStatistics:
 
 
 def pixel_statistics(images: Tensor) -> PixelStatistics:
-    """Return mean brightness, saturation and edge density of images ``[batch, 3, h, w]`` in [0, 1].
+    """Return mean brightness, saturation and edge density of images ``[batch, 3, h, w]``, floats in [0, 1] or bytes.
 
     Raises:
         ValueError: If there are no images or they have another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(f"images: got shape {tuple(images.shape)}, needed at least one image, (batch, 3, height, width)")
-    pixels = images.double().clamp(0, 1)
+    pixels = floats(images).double().clamp(0, 1)
     luma = (pixels * torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)[:, None, None]).sum(1)  # Rec. 709
     high, low = pixels.amax(1), pixels.amin(1)
     saturation = torch.where(high > 0, (high - low) / high.clamp(min=1e-12), 0.0)

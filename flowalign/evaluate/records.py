@@ -54,7 +54,7 @@ class Evaluation:
         suite: Name of the suite.
         seed: The seed of the noise.
         records: One for each image.
-        images: ``[image, 3, h, w]`` in the order of the records, if they were kept.
+        images: ``[image, 3, h, w]`` in the order of the records, if they were kept: uint8, as saved files hold them, a quarter of floats' memory.
     """
 
     suite: str

@@ -181,13 +181,55 @@ def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     mean, freedom = math.fsum(values) / len(values), len(values) - 1
     if freedom == 0:
         return Interval(mean=mean)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / freedom / len(values))
+    half = _student_quantile(freedom, confidence) * math.sqrt(_error_square(values))
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def seed_difference_interval(base: Sequence[float], tuned: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Estimate the difference of two recipes' means over all training seeds from a few of each, by Welch's t.
+
+    Args:
+        base: A score of each seed of one recipe, at least two.
+        tuned: The same of the other. The seeds of the two have nothing to do with each other, and their spreads may differ.
+        confidence: Nominal coverage, for scores that are normal over seeds.
+
+    Returns:
+        The mean of ``tuned`` minus that of ``base``.
+
+    Raises:
+        ValueError: If one has fewer than two, or one is not finite.
+
+    References:
+        Welch, "The generalization of 'Student's' problem when several different population variances are involved", Biometrika 34, 1947.
+
+    Examples:
+        >>> print(seed_difference_interval([0.5, 0.6, 0.7], [0.7, 0.9, 1.1]))
+        0.300 [-0.116, 0.716]
+    """
+    if min(len(base), len(tuned)) < 2 or not all(math.isfinite(value) for value in (*base, *tuned)):
+        raise ValueError(f"base, tuned: got {list(base)} and {list(tuned)}, needed at least two of each and all finite")
+    mean = math.fsum(tuned) / len(tuned) - math.fsum(base) / len(base)
+    squares = [_error_square(values) for values in (base, tuned)]
+    if sum(squares) == 0:
+        return Interval(mean=mean, low=mean, high=mean)
+    freedom = sum(squares) ** 2 / sum(square**2 / (len(values) - 1) for square, values in zip(squares, (base, tuned), strict=True))
+    half = _student_quantile(freedom, confidence) * math.sqrt(sum(squares))
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def _error_square(values: Sequence[float]) -> float:
+    """Return the squared standard error of a mean."""
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+
+def _student_quantile(freedom: float, confidence: float) -> float:
+    """Return what |t| stays below with a probability; ``freedom`` at least 1."""
     # With t = sqrt(df) tan(a) the density of |t| is proportional to cos(a)^(df - 1).
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    half = error * math.sqrt(freedom) * math.tan(float(np.interp(confidence, mass / mass[-1], angle)))
-    return Interval(mean=mean, low=mean - half, high=mean + half)
+    return math.sqrt(freedom) * math.tan(float(np.interp(confidence, mass / mass[-1], angle)))
 
 
 def images_needed(

@@ -14,6 +14,7 @@ from torch import Tensor
 import flowalign.shapes as shapes
 from flowalign.core.randomness import key
 from flowalign.evaluate.records import Evaluation, Record
+from flowalign.rewards.pixels import to_bytes
 from flowalign.shapes.prompts import meaning
 from flowalign.shapes.verifier import CLAUSES
 
@@ -187,7 +188,7 @@ def run_suite(
             not depend on the batch size, the order or the other prompts.
         batch_size: Images in a call of ``generate``; the last call may have fewer.
         seed: Another seed gives all images other noise.
-        keep_images: Keep the images in the evaluation, on the CPU, for grids and fidelity measures.
+        keep_images: Keep the images in the evaluation, on the CPU, rounded to bytes, for grids and fidelity measures.
         progress: Called with the number of images done and the number of all.
 
     Returns:
@@ -214,7 +215,7 @@ def run_suite(
         judgements = suite.judge(images, [prompt for prompt, _ in batch])
         records += [_record(prompt, k, verdict) for (prompt, k), verdict in zip(batch, judgements, strict=True)]
         if keep_images:
-            kept.append(images.detach().to("cpu", torch.float32))
+            kept.append(to_bytes(images).cpu())
         if progress is not None:
             progress(len(records), len(samples))
     assert len({(record.id, record.k) for record in records}) == len(samples), "a sample was judged twice or not at all"

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowalign.evaluate.records import Evaluation, Measure, compare_runs, deviations
 from flowalign.evaluate.scores import Difference, Interval
-from flowalign.evaluate.statistics import seed_interval
+from flowalign.evaluate.statistics import seed_difference_interval, seed_interval
 
 
 def verdict(difference: Difference, *, resolution: float, p_value: float | None = None, num_tests: int = 1) -> str:
@@ -56,17 +56,19 @@ def _images_for(difference: Difference, half: float, resolution: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedGains:
-    """What runs of one recipe from several training seeds gained over one base.
+    """What runs of one recipe from several training seeds gained over a base, or over the training seeds of another recipe.
 
     Attributes:
-        gains: Of each run, in the order given.
-        over_seeds: Their mean, with Student's t interval: it speaks of new training seeds on prompts like these.
+        gains: Of each run over the mean of the bases, in the order given.
+        num_bases: Number of bases.
+        over_seeds: Their mean, with Student's t interval, or Welch's where there are several bases: it speaks of new training seeds on prompts like these.
         over_prompts: The same mean with its interval over prompts: it speaks of new prompts, and of these training seeds alone.
         spread: Standard deviation of the gains over seeds (ddof 1).
         noise: What of it the finite number of prompts and images makes alone; None where a tag with one prompt does not say.
     """
 
     gains: tuple[float, ...]
+    num_bases: int
     over_seeds: Interval
     over_prompts: Difference
     spread: float
@@ -82,22 +84,24 @@ class SeedGains:
         return {**asdict(self), "over_prompts": self.over_prompts.as_dict(), "training": self.training}
 
 
-def seed_gains(base: Evaluation, runs: Sequence[Evaluation], *, measure: Measure) -> SeedGains:
-    """Compare runs of one recipe with one base: what they gained, and how much training seeds and evaluation each make it vary.
+def seed_gains(bases: Sequence[Evaluation], runs: Sequence[Evaluation], *, measure: Measure) -> SeedGains:
+    """Compare runs of one recipe with a base, or with runs of another recipe: what they gained, and how much training seeds and evaluation make it vary.
 
     The noise is of the deviations of runs from their mean: prompts that are easy for all of them cancel there.
 
     Args:
-        base: The base.
+        bases: The base; or models of another recipe from at least two training seeds of its own.
         runs: Models from at least two training seeds, on the same prompts and noise.
         measure: Which score.
 
     Raises:
-        ValueError: If there are fewer than two runs, or they were not evaluated on the same images.
+        ValueError: If there are fewer than two runs or no base, or they were not evaluated on the same images.
     """
     if len(runs) < 2:
         raise ValueError(f"runs: got {len(runs)}, needed models from at least 2 training seeds (better 3) to speak of a spread")
-    gains = tuple(compare_runs([(base, run)], measure=measure).overall.mean for run in runs)
+    if not bases:
+        raise ValueError("bases: got none, needed a base or models from several training seeds of another recipe")
+    gains = tuple(compare_runs([(base, run) for base in bases], measure=measure).overall.mean for run in runs)
     quantile = NormalDist().inv_cdf(0.975)
     squares = []
     for found in deviations(runs, measure=measure):
@@ -108,11 +112,21 @@ def seed_gains(base: Evaluation, runs: Sequence[Evaluation], *, measure: Measure
     noise = math.sqrt(sum(squares) / (len(runs) - 1)) if len(squares) == len(runs) else None
     return SeedGains(
         gains=gains,
-        over_seeds=seed_interval(gains),
-        over_prompts=compare_runs([(base, run) for run in runs], measure=measure),
+        num_bases=len(bases),
+        over_seeds=_over_seeds(bases, runs, gains, measure),
+        over_prompts=compare_runs([(base, run) for base in bases for run in runs], measure=measure),
         spread=math.sqrt(variance(gains)),
         noise=noise,
     )
+
+
+def _over_seeds(bases: Sequence[Evaluation], runs: Sequence[Evaluation], gains: Sequence[float], measure: Measure) -> Interval:
+    if len(bases) == 1:
+        return seed_interval(gains)
+    # Of each base what it is above the first: prompts on which all are alike do not count, and runs are measured from there too.
+    levels = [compare_runs([(bases[0], base)], measure=measure).overall.mean for base in bases]
+    mean = sum(levels) / len(levels)
+    return seed_difference_interval([level - mean for level in levels], gains)
 
 
 def verdict_over_seeds(found: SeedGains, *, resolution: float, p_value: float | None = None, num_tests: int = 1) -> str:
@@ -141,10 +155,11 @@ def verdict_over_seeds(found: SeedGains, *, resolution: float, p_value: float | 
     half = (seeds.high - seeds.low) / 2
     num = len(found.gains)
     wanted = max(math.ceil(num * (half / resolution) ** 2), 2)
+    against = f" against {found.num_bases}" if found.num_bases > 1 else ""
     corrected = f", {p:.4f} by Holm over {num_tests} tests" if num_tests > 1 else ""
     noise = "" if found.noise is None else f", of which evaluation alone makes {found.noise:.3f}"
     return (
-        f"{word}: {seeds.mean:+.3f}, over {num} training seeds [{seeds.low:+.3f}, {seeds.high:+.3f}], over prompts [{prompts.low:+.3f}, {prompts.high:+.3f}] "
+        f"{word}: {seeds.mean:+.3f}, over {num}{against} training seeds [{seeds.low:+.3f}, {seeds.high:+.3f}], over prompts [{prompts.low:+.3f}, {prompts.high:+.3f}] "
         f"(sign-flip p = {found.over_prompts.p_value:.4f}{corrected}); gains vary by {found.spread:.3f} between seeds{noise}; {num} seeds resolve +-{half:.3f}, "
         f"and +-{resolution:g} needs at most about {wanted}; apart from seeds {_images_for(found.over_prompts, (prompts.high - prompts.low) / 2, resolution)}"
     )

@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flowalign import generate, run
+from flowalign import evaluation, generate, run
 from flowalign.run_config import load_config
 from flowalign.train import checkpoint
 from flowalign.train.journal import read_log
@@ -222,7 +222,7 @@ def test_a_run_is_evaluated_with_its_own_settings_and_paired_with_its_base(write
     path = write_config()
     run.train(str(path), ["--train.learning_rate", "1e-1"])
     folder = load_config(str(path)).output
-    result = generate.evaluate(str(model), lora=folder, output=tmp_path / "found", **SMALL)
+    result = evaluation.evaluate(str(model), lora=folder, output=tmp_path / "found", **SMALL)
     assert result["settings"]["num_steps"] == 4  # the run's, not the family's default
     assert result["settings"]["max_sequence_length"] == 16
     assert {"base", "tuned", "paired_difference"} <= result.keys()
@@ -238,12 +238,12 @@ def test_two_models_are_compared_with_one_models_settings(write_config, model, m
     folder = load_config(str(path)).output
     built = []
     honest = generate.score_model
-    monkeypatch.setattr(generate, "score_model", lambda pipeline, *a, **k: built.append(pipeline) or honest(pipeline, *a, **k))
-    result = generate.evaluate(str(model), lora=folder, against=str(model), **SMALL)
+    monkeypatch.setattr(evaluation, "score_model", lambda pipeline, *a, **k: built.append(pipeline) or honest(pipeline, *a, **k))
+    result = evaluation.evaluate(str(model), lora=folder, against=str(model), **SMALL)
     tuned, base = built
     assert base is not tuned
     assert base.num_steps == tuned.num_steps == 4
-    assert result["base"]["strict"] == generate.evaluate(str(model), lora=folder, **SMALL)["base"]["strict"]
+    assert result["base"]["strict"] == evaluation.evaluate(str(model), lora=folder, **SMALL)["base"]["strict"]
 
 
 def test_a_configuration_that_happens_to_lie_around_is_not_taken(tmp_path, monkeypatch):

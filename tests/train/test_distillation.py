@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flowalign.config import ConfigError
 from flowalign.core.algorithm import Update
 from flowalign.core.ratios import identity
-from flowalign.generate import evaluate
+from flowalign.evaluation import evaluate
 from flowalign.lcsc import lcsc
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config

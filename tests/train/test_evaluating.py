@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from flowalign import generate, run
+from flowalign import evaluation, generate, run
 from flowalign.cli import main
+from flowalign.config import ConfigError
 from flowalign.core.randomness import generator
+from flowalign.evaluate.statistics import seed_difference_interval
 from flowalign.images import save_png
 from flowalign.run_config import load_config
 
@@ -42,8 +44,8 @@ def test_several_training_seeds_are_told_apart_from_the_noise_of_evaluation(seed
         "images_per_prompt": 2,
         "extractor": "random",
     }
-    result = generate.evaluate(str(model), lora=seeds, output=tmp_path / "found", resolution=1e-9, **asked)
-    gains = [generate.evaluate(str(model), lora=folder, **asked)["paired_difference"]["bright"]["mean"] for folder in seeds]
+    result = evaluation.evaluate(str(model), lora=seeds, output=tmp_path / "found", resolution=1e-9, **asked)
+    gains = [evaluation.evaluate(str(model), lora=folder, **asked)["paired_difference"]["bright"]["mean"] for folder in seeds]
     found = result["training_seeds"]["bright"]
     assert len(set(gains)) == 3
     assert list(found["gains"]) == pytest.approx(gains)
@@ -71,14 +73,52 @@ def test_runs_of_different_recipes_are_no_training_seeds(seeds, write_config, mo
     run.train(str(path), ["--train.learning_rate", "2e-1"])
     other = load_config(str(path)).output
     with pytest.raises(ValueError, match=r"other is of another recipe than .*seed_0 \(train.learning_rate: 0.3 -> 0.2\)"):
-        generate.evaluate(str(model), lora=[seeds[0], other], **SMALL)
+        evaluation.evaluate(str(model), lora=[seeds[0], other], **SMALL)
     with pytest.raises(ValueError, match="a run is given twice"):
-        generate.evaluate(str(model), lora=[seeds[0], seeds[0]], **SMALL)
+        evaluation.evaluate(str(model), lora=[seeds[0], seeds[0]], **SMALL)
+
+
+def test_training_seeds_of_two_recipes_are_compared(seeds, write_config, model, tmp_path, capsys):
+    others = []
+    for seed in range(2):
+        path = write_config(f"other_{seed}", seed=seed, steps=1)
+        run.train(str(path), ["--train.learning_rate", "1e-3"])
+        others.append(str(load_config(str(path)).output))
+    (tmp_path / "prompts.txt").write_text("".join(f"a photo of {number} rings\n" for number in range(8)))
+    asked = {
+        "suite_name": "prompts",
+        "options": {"prompts": tmp_path / "prompts.txt", "reward": ["tests.train.test_evaluating.bright"]},
+        "images_per_prompt": 2,
+        "extractor": "random",
+    }
+    result = evaluation.evaluate(str(model), lora=seeds, against=others, output=tmp_path / "found", **asked)
+    apart = [[evaluation.evaluate(str(model), lora=folder, against=other, **asked) for other in others] for folder in seeds]
+    gains = [[found["paired_difference"]["bright"]["mean"] for found in row] for row in apart]
+    found = result["training_seeds"]["bright"]
+    assert list(found["gains"]) == pytest.approx([sum(row) / 2 for row in gains])
+    assert found["num_bases"] == 2
+    means = [summary["bright"]["overall"]["mean"] for summary in result["base"]]
+    welch = seed_difference_interval(means, [summary["bright"]["overall"]["mean"] for summary in result["tuned"]])
+    assert [found["over_seeds"][key] for key in ("mean", "low", "high")] == pytest.approx([welch.mean, welch.low, welch.high])
+    assert "over 3 against 2 training seeds" in result["verdict"]["bright"]
+    assert "the first of 3 runs and of 2 others" in capsys.readouterr().out
+    assert (tmp_path / "found" / "records_base_2.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [(0, "--against: got 2 training seeds, but 0 of --lora"), (1, "--against: got 2 training seeds, but 1 of --lora")],
+)
+def test_training_seeds_on_one_side_alone_are_refused(seeds, model, loras, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluation.evaluate(str(model), lora=seeds[:loras], against=[str(folder) for folder in seeds[1:]], **SMALL)
+    with pytest.raises(ConfigError, match="--against: a run is given twice"):
+        evaluation.evaluate(str(model), lora=seeds, against=[str(seeds[0])] * 2, **SMALL)
 
 
 def test_the_command_measures_fidelity_to_a_folder_and_refuses_it_before_it_generates(model, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a ring\na star\na circle\n")
-    size = generate.image_size(generate.open_model(str(model), None)[1])
+    size = evaluation.image_size(generate.open_model(str(model), None)[1])
     for number in range(7):
         save_png(torch.rand(3, *size, generator=generator("real", number)), tmp_path / "real" / f"{number}.png")
     asked = [
