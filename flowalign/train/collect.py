@@ -19,7 +19,7 @@ from flowalign.estimators import AdvantageBatch, Estimator, RewardBatch
 from flowalign.estimators.diversity import group_novelty
 from flowalign.train.forests import anchors, compared_groups, forest, trained_steps
 from flowalign.train.journal import HIDDEN, Clock
-from flowalign.train.overlap import Scorers, StepScores
+from flowalign.train.overlap import Decoder, Scorers, StepScores
 from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward, RewardTable, score
@@ -95,7 +95,8 @@ class Collector:
         check_needs(self.estimator.needs, plan, len(self.metrics))
         self.state = self.estimator.init()
         self.evaluations: Counter[str] = Counter()
-        self.scorers = Scorers(self.rewards, self.accelerator.device)
+        measured = [[metric] for metric in self.metrics if not isinstance(metric, str)]
+        self.scorers = Scorers(self.rewards, *measured, device=self.accelerator.device)
 
     def collect(self, step: int) -> Collected:
         """Sample this rank's images of a step, score them and compare them with those of all ranks."""
@@ -112,10 +113,10 @@ class Collector:
             scores = self.scorers.begin()
             sampled = self._sample(step, plan, mine, uid, sample_number(group, member), scores)
         with self.clock.phase("reward"):
-            table, hidden = scores.finish(sampled.images, sampled.prompts, sampled.metadata)
+            (table, *others), hidden = scores.finish(sampled.images, sampled.prompts, sampled.metadata)
             self.clock.add(HIDDEN, hidden)
             extra = self._extra_tables(sampled)
-            names, measured = self._measure(sampled)
+            names, measured = self._measure(sampled, others)
         with self.clock.phase("advantage"):
             # Ids are unique over the run and groups are prompts: estimators with a memory meet them again.
             number = step * config.groups * config.group_size * plan.num_leaves + flat
@@ -162,39 +163,23 @@ class Collector:
         cond = self.pipeline.encode([prompt.text for prompt in prompts])
         everyone = [prompt for prompt in prompts for _ in range(plan.num_leaves)]
         texts, records = [prompt.text for prompt in everyone], [prompt.metadata for prompt in everyone]
-        done: list[tuple[Tensor, Tensor]] = []  # images with their rows
-        held: list[tuple[Tensor, Tensor]] = []  # final states that wait to be decoded together, with their rows
-
-        def hand_over() -> None:
-            if held:
-                x0, rows = (torch.cat(column) for column in zip(*held, strict=True))
-                held.clear()
-                images = self.pipeline.decode(x0)
-                done.append((images, rows))
-                scores.hand_over(rows, images, *([column[row] for row in rows.tolist()] for column in (texts, records)))
-
-        def ended(x0: Tensor, rows: Tensor) -> None:
-            held.append((x0, rows))
-            if sum(len(rows) for _, rows in held) >= self.config.rollout_batch_size:
-                hand_over()
-
+        size = self.config.rollout_batch_size
+        decoder = Decoder(pipeline=self.pipeline, scores=scores, prompts=texts, metadata=records, batch_size=size)
         trajectory = self.pipeline.rollout(
             cond,
             plan,
             x_init=initial("initial noise").to(self.accelerator.device),
             noise=noise,
-            batch_size=self.config.rollout_batch_size,
+            batch_size=size,
             role=self.algorithm.behaviour,
-            ended=ended,
+            ended=decoder.take,
         )
-        hand_over()
         self.evaluations["rollout"] += trajectory.evaluations
-        images, rows = (torch.cat(column) for column in zip(*done, strict=True))
         return Sampled(
             cond=cond.take(torch.arange(len(prompts)).repeat_interleave(plan.num_leaves)),
             plan=plan,
             trajectory=trajectory,
-            images=images[torch.argsort(rows).to(images.device)],
+            images=decoder.images(),
             prompts=texts,
             metadata=records,
         )
@@ -227,11 +212,12 @@ class Collector:
         names = ("rollout", "completion", "train", "monitor", *self.algorithm.roles)
         return counted(self.evaluations, names, self.accelerator, self.pipeline.rows_per_evaluation)
 
-    def _measure(self, sampled: Sampled) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-        """Measure this rank's samples: names of the metric's columns, and what is to be gathered for them."""
+    def _measure(self, sampled: Sampled, tables: Sequence[RewardTable]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        """Return the names of the metric's columns, and what is to be gathered of this rank's samples for them; a table of each reward among them."""
         names: list[str] = []
         columns: list[Tensor] = []
         gathered: dict[str, Tensor] = {}
+        found = iter(tables)
         for metric in self.metrics:
             if isinstance(metric, str):
                 # It compares samples of one group, which several ranks hold: only its features are measured here.
@@ -239,7 +225,7 @@ class Collector:
                 names.append(NOVELTY)
                 columns.append(torch.zeros(len(sampled.images), 1, dtype=torch.float64))
             else:
-                table = score([metric], sampled.images, sampled.prompts, sampled.metadata)
+                table = next(found)
                 names.extend(table.names)
                 columns.append(table.values)
         if columns:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.train.protocols import Pipeline
 from flowalign.train.scoring import NamedReward, Result, RewardTable, Submits, to_table
 
 Records = list[dict[str, Any]]
@@ -19,8 +20,8 @@ Records = list[dict[str, Any]]
 class Scorers:
     """The threads of a run's rewards: one in which those of this process score, in turn, and one for each that works elsewhere, to wait in."""
 
-    def __init__(self, rewards: Sequence[NamedReward], device: torch.device) -> None:
-        self.rewards = rewards
+    def __init__(self, *tables: Sequence[NamedReward], device: torch.device) -> None:
+        self.tables = tables
         num_threads = torch.get_num_threads()
 
         def begin() -> None:
@@ -30,12 +31,12 @@ class Scorers:
                 torch.accelerator.set_device_index(device.index or 0)
 
         self._here = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=begin)
-        far = sum(isinstance(entry.reward, Submits) for entry in rewards)
+        far = sum(isinstance(entry.reward, Submits) for table in tables for entry in table)
         self._waiting = ThreadPoolExecutor(max(1, far), thread_name_prefix="rewards-elsewhere")
 
     def begin(self) -> StepScores:
         """Begin to score the images of a step."""
-        return StepScores(rewards=self.rewards, here=self._here, waiting=self._waiting)
+        return StepScores(tables=self.tables, here=self._here, waiting=self._waiting)
 
 
 @dataclass(kw_only=True)
@@ -46,17 +47,22 @@ class StepScores:
     thread works, and when, changes no score.
 
     Attributes:
-        rewards: What images are scored by.
+        tables: What images are scored by, and what else they are measured by: each makes a table of its own.
         here: Where rewards of this process score.
         waiting: Where answers of others are waited for.
     """
 
-    rewards: Sequence[NamedReward]
+    tables: Sequence[Sequence[NamedReward]]
     here: ThreadPoolExecutor
     waiting: ThreadPoolExecutor
     _rows: list[Tensor] = field(default_factory=list, repr=False)
     _found: dict[int, list[Future[Result]]] = field(default_factory=dict, repr=False)
     _worked: list[tuple[float, float]] = field(default_factory=list, repr=False)
+
+    @property
+    def rewards(self) -> list[NamedReward]:
+        """Of all tables."""
+        return [entry for table in self.tables for entry in table]
 
     def hand_over(self, rows: Tensor, images: Tensor, prompts: list[str], metadata: Records) -> None:
         """Take images that are done.
@@ -85,7 +91,7 @@ class StepScores:
         finally:
             self._worked.append((start, time.perf_counter()))
 
-    def finish(self, images: Tensor, prompts: list[str], metadata: Records) -> tuple[RewardTable, float]:
+    def finish(self, images: Tensor, prompts: list[str], metadata: Records) -> tuple[list[RewardTable], float]:
         """Wait for what is under way, score what could not begin before, and join all.
 
         Args:
@@ -94,7 +100,7 @@ class StepScores:
             metadata: One record for each.
 
         Returns:
-            The table, and the seconds for which scorers worked while nobody waited for them.
+            The tables, and the seconds for which scorers worked while nobody waited for them.
 
         Raises:
             ValueError: As :func:`flowalign.train.scoring.score`.
@@ -110,7 +116,51 @@ class StepScores:
             parts = [whole[number]] if number in whole else [future.result() for future in self._found[number]]
             results.append((parts, None if number in whole else order))
         hidden = sum(min(end, began) - start for start, end in _union(self._worked) if start < began)
-        return to_table(self.rewards, results, prompts), hidden
+        found = iter(results)
+        return [to_table(table, [next(found) for _ in table], prompts) for table in self.tables], hidden
+
+
+@dataclass(kw_only=True)
+class Decoder:
+    """Decodes what a rollout has finished in batches of full size, and hands the images over to be scored.
+
+    Attributes:
+        pipeline: Decodes.
+        scores: Takes the images.
+        prompts: One text for each image of the rollout.
+        metadata: One record for each.
+        batch_size: Images that are decoded together.
+    """
+
+    pipeline: Pipeline
+    scores: StepScores
+    prompts: list[str]
+    metadata: Records
+    batch_size: int
+    _done: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # images with their rows
+    _held: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # final states that wait, with their rows
+
+    def take(self, x0: Tensor, rows: Tensor) -> None:
+        """Take final states ``[part, *event]`` and their places among the rollout's images, ``[part]``."""
+        self._held.append((x0, rows))
+        if sum(len(rows) for _, rows in self._held) >= self.batch_size:
+            self._hand_over()
+
+    def images(self) -> Tensor:
+        """Decode what waits; returns all images of the rollout in order, ``[batch, 3, h, w]``."""
+        self._hand_over()
+        images, rows = (torch.cat(column) for column in zip(*self._done, strict=True))
+        return images[torch.argsort(rows).to(images.device)]
+
+    def _hand_over(self) -> None:
+        if not self._held:
+            return
+        x0, rows = (torch.cat(column) for column in zip(*self._held, strict=True))
+        self._held.clear()
+        images = self.pipeline.decode(x0)
+        self._done.append((images, rows))
+        mine = rows.tolist()
+        self.scores.hand_over(rows, images, [self.prompts[row] for row in mine], [self.metadata[row] for row in mine])
 
 
 def _call(entry: NamedReward, images: Tensor, prompts: list[str], metadata: Records) -> Callable[[], Result]:

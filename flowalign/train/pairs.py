@@ -21,10 +21,11 @@ from flowalign.core.distillation import Pairs, Settings
 from flowalign.core.plans import ode
 from flowalign.core.randomness import generator, normal
 from flowalign.train.collect import Collected, counted, no_noise
-from flowalign.train.journal import Clock
+from flowalign.train.journal import HIDDEN, Clock
+from flowalign.train.overlap import Decoder, Scorers
 from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
-from flowalign.train.scoring import NamedReward, RewardTable, score
+from flowalign.train.scoring import NamedReward, RewardTable
 from flowalign.train.settings import TrainConfig
 
 
@@ -95,6 +96,7 @@ class PairCollector:
         # Under guidance the teacher computes two rows where the student computes one.
         self._rows_of_teacher = self.teacher.rows_per_evaluation // self.pipeline.rows_per_evaluation
         self.state: dict[str, Any] = {}
+        self.scorers = Scorers(self.rewards, device=self.accelerator.device)
         self.evaluations: Counter[str] = Counter()
         self._pairs: tuple[Tensor, list[PromptLike]] | None = None
 
@@ -169,13 +171,18 @@ class PairCollector:
                 share=share,
                 keep=torch.ones(len(every), dtype=torch.bool),
             )
-            latents, images, shown = self._show(step, pairs, cond)
+            shown = (pairs.share == self.num_updates - 1).nonzero().squeeze(1)
+            scores = self.scorers.begin()
+            seen = [texts[row] for row in shown.tolist()]
+            asked, records = [prompt.text for prompt in seen], [prompt.metadata for prompt in seen]
+            size = config.rollout_batch_size
+            decoder = Decoder(pipeline=self.pipeline, scores=scores, prompts=asked, metadata=records, batch_size=size)
+            latents = self._show(step, pairs, cond, shown, decoder)
+            images = decoder.images()
         with self.clock.phase("reward"):
-            records = [texts[row].metadata for row in shown.tolist()]
-            values = RewardTable(names=(), values=torch.zeros(len(shown), 0, dtype=torch.float64))
-            if self.rewards:
-                values = score(self.rewards, images, [cond_texts[row] for row in shown.tolist()], records)
-                values = RewardTable(names=values.names, values=self._gather(values.values))
+            (table,), hidden = scores.finish(images, asked, records)
+            self.clock.add(HIDDEN, hidden)
+            values = RewardTable(names=table.names, values=self._gather(table.values))
 
         def count(purpose: str, rows: int) -> None:
             self.evaluations[purpose] += rows
@@ -191,7 +198,7 @@ class PairCollector:
                 taps=self.settings.discriminator.taps if self.heads else (),
             ),
             rewards=values,
-            metrics=RewardTable(names=(), values=torch.zeros(len(shown), 0)),
+            metrics=RewardTable(names=(), values=values.values[:, :0]),
             advantages=None,
             images=images,
             latents=latents,
@@ -208,9 +215,8 @@ class PairCollector:
                 orders[turn] = torch.randperm(self.num_groups, generator=generator(self.seed, "pairs", turn)).tolist()
         return [orders[at // self.num_groups][at % self.num_groups] for at in wanted]
 
-    def _show(self, step: int, pairs: Pairs, cond: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Let the student make images for the last update's prompts, as a user of the pipeline would."""
-        shown = (pairs.share == self.num_updates - 1).nonzero().squeeze(1)
+    def _show(self, step: int, pairs: Pairs, cond: Any, shown: Tensor, decoder: Decoder) -> Tensor:
+        """Let the student make images for some rows' prompts, as a user of the pipeline would; returns what they are decoded from."""
         noise = normal(
             self.pipeline.event_shape,
             seed=self.seed,
@@ -226,9 +232,10 @@ class PairCollector:
             noise=no_noise,
             role=self.shown,
             batch_size=self.config.rollout_batch_size,
+            ended=decoder.take,
         )
         self.evaluations["shown"] += done.evaluations
-        return done.x0, self.pipeline.decode(done.x0), shown
+        return done.x0
 
     def _gather(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

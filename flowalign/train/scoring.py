@@ -138,6 +138,8 @@ def to_table(
     Raises:
         ValueError: As :func:`score`.
     """
+    if not rewards:
+        return RewardTable(names=(), values=torch.zeros(len(prompts), 0, dtype=torch.float64))
     names: list[str] = []
     columns: list[Tensor] = []
     clauses = valid = None

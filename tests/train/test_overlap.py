@@ -47,11 +47,11 @@ def test_parts_are_scored_while_the_next_are_sampled_and_the_rest_at_the_end():
     expected = score(rewards, IMAGES, PROMPTS, RECORDS)
     seen.clear()
     first_is_done.clear()
-    scores = Scorers(rewards, CPU).begin()
+    scores = Scorers(rewards, device=CPU).begin()
     hand_over(scores, [4, 1])
     assert first_is_done.wait(10)  # before the rest is there
     hand_over(scores, [0, 5], [3, 2])
-    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    (table,), _ = scores.finish(IMAGES, PROMPTS, RECORDS)
     assert [what for name, what in seen if name == "bright"] == [
         ["prompt 4", "prompt 1"],
         ["prompt 0", "prompt 5"],
@@ -72,9 +72,9 @@ def test_clauses_and_columns_of_parts_are_joined_in_order():
 
             return Scores(values={"a": numbers, "b": -numbers}, clauses=numbers[:, None], clauses_valid=numbers[:, None] > 2)
 
-    scores = Scorers([NamedReward(name="judge", reward=Judge())], CPU).begin()
+    scores = Scorers([NamedReward(name="judge", reward=Judge())], device=CPU).begin()
     hand_over(scores, [5, 0], [2, 1, 3, 4])
-    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    (table,), _ = scores.finish(IMAGES, PROMPTS, RECORDS)
     assert table.names == ("judge/a", "judge/b")
     assert table.values[:, 0].tolist() == table.clauses[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert table.clauses_valid[:, 0].tolist() == [False] * 3 + [True] * 3
@@ -90,11 +90,11 @@ def test_a_reward_elsewhere_is_asked_for_each_part_at_once_and_waited_for_at_the
             sent.append(len(images))
             return lambda: answer.wait(10) and images.mean((1, 2, 3))
 
-    scores = Scorers([NamedReward(name="far", reward=Far())], CPU).begin()
+    scores = Scorers([NamedReward(name="far", reward=Far())], device=CPU).begin()
     hand_over(scores, [1, 0, 2], [3, 4, 5])
     assert sent == [3, 3]
     answer.set()
-    table, _ = scores.finish(IMAGES, PROMPTS, RECORDS)
+    (table,), _ = scores.finish(IMAGES, PROMPTS, RECORDS)
     assert torch.allclose(table.values[:, 0], IMAGES.mean((1, 2, 3)).double())
 
 
@@ -103,7 +103,7 @@ def test_what_is_hidden_is_the_time_that_nobody_waited():
         time.sleep(0.2)
         return [0.0] * len(images)
 
-    scorers = Scorers([alone(slow)], CPU)
+    scorers = Scorers([alone(slow)], device=CPU)
     scores = scorers.begin()
     hand_over(scores, [0, 1, 2])
     time.sleep(0.3)  # the next part is sampled
@@ -119,7 +119,7 @@ def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_step():
     def broken(prompts, images):
         return [float("nan") if prompt == "prompt 1" else 0.0 for prompt in prompts]
 
-    scores = Scorers([alone(broken)], CPU).begin()
+    scores = Scorers([alone(broken)], device=CPU).begin()
     hand_over(scores, [4, 1, 5], [0, 2, 3])
     with pytest.raises(ValueError, match=r"reward 'broken': returned nan for sample 1 \(prompt 'prompt 1'\)"):
         scores.finish(IMAGES, PROMPTS, RECORDS)
@@ -158,6 +158,33 @@ def test_a_run_scores_its_rollout_in_parts_and_finds_what_it_finds_of_all_at_onc
     expected = score(trainer.rewards, found.images, texts, records)
     assert found.rewards.names == expected.names
     assert torch.equal(found.rewards.values, expected.values)
+
+
+def test_what_is_only_measured_is_scored_beside_the_rollout_too(write_config):
+    """Metrics keep the order of their columns, and a metric's clauses are not the rewards'."""
+    calls.clear()
+    metrics = ["novelty", {"reward": {"type": "shapes", "strict": 0.0}}, {"reward": "tests.train.test_overlap.counted"}]
+    train = {"groups": 2, "group_size": 4, "rollout_batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2}
+    path = write_config(rewards=[{"reward": "tests.train.brightness"}], metrics=metrics, train=train, advantage="diversity_grpo")
+    trainer = run.build_trainer(load_config(str(path)), Accelerator())
+    found = trainer.collect(0)
+    assert [size for size, *_ in calls] == [4, 4]
+    assert all(name.startswith("rewards") for _, name, _ in calls)
+    assert found.metrics.names[0] == "novelty"
+    assert torch.equal(found.metrics.values[:, 2], found.images.mean((1, 2, 3)).double())
+    assert found.rewards.clauses is None
+
+
+def test_what_a_student_makes_is_scored_while_it_makes_more(write_config):
+    calls.clear()
+    algorithm = {"type": "dmd2", "num_pairs": 16, "critic_updates": 1, "discriminator": {"taps": [0.5], "width": 8}}
+    train = {"groups": 2, "group_size": 4, "rollout_batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2}
+    path = write_config(rewards=[{"reward": "tests.train.test_overlap.counted"}], train=train, algorithm=algorithm)
+    trainer = run.build_trainer(load_config(str(path)), Accelerator())
+    found = trainer.collect(0)
+    assert [size for size, *_ in calls] == [4, 4]
+    assert torch.equal(found.rewards.values[:, 0], found.images.mean((1, 2, 3)).double())
+    torch.testing.assert_close(found.images, trainer.pipeline.decode(found.latents))
 
 
 def test_the_hidden_time_is_logged_and_shown(write_config):
