@@ -1,5 +1,7 @@
 """Plans by name: chain, window, fork and tree, and where a window lies."""
 
+from collections.abc import Collection
+
 from flowalign.core.kernels import CPS, DDIM, Euler, Kernel
 from flowalign.core.plan import Compare as Compare
 from flowalign.core.plan import Fork as Fork
@@ -7,8 +9,8 @@ from flowalign.core.plan import Plan as Plan
 from flowalign.core.plan import PlanStep as PlanStep
 
 
-def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False) -> Plan:
-    """Apply one kernel at every step; train every noisy step, the last one only on request.
+def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False, trained: Collection[int] | None = None) -> Plan:
+    """Apply one kernel at every step; train every noisy step, the last one only on request, or some of them.
 
     The last step ends at ``sigma = 0``, where its noise is all but gone and its gradient is mostly noise (spec oracle: a standard
     deviation of 0.315 around a signal of 0.011 in the linear-Gaussian chain).
@@ -17,20 +19,27 @@ def chain(kernel: Kernel, num_steps: int, *, train_last: bool = False) -> Plan:
         kernel: Kernel of every step.
         num_steps: Number of steps.
         train_last: Train the last step too.
+        trained: The steps that are trained; None for all that may be.
 
     Returns:
-        The plan; model evaluations per sample: ``num_steps`` in the rollout and ``len(plan.trained)`` in training.
+        The plan; model evaluations per sample: ``num_steps`` in the rollout, and in training ``num_steps - 1``, ``num_steps`` with ``train_last``, or the
+        number of ``trained``; none without noise.
 
     Raises:
-        ValueError: If ``num_steps`` is not positive.
+        ValueError: If ``num_steps`` is not positive, a step that is to be trained is none of those that may be, or the last one has no noise.
 
     Examples:
         >>> from flowalign.core.kernels import FlowSDE
         >>> chain(FlowSDE(0.7), 4).trained
         (0, 1, 2)
     """
-    noisy = not kernel.is_deterministic
-    return Plan(tuple(PlanStep(kernel=kernel, is_trained=noisy and (train_last or i < num_steps - 1)) for i in range(num_steps)))
+    if train_last:
+        _check_last(kernel, num_steps - 1, num_steps, "chain")
+    possible = range(0 if kernel.is_deterministic else num_steps if train_last else num_steps - 1)
+    chosen = possible if trained is None else trained
+    if not set(chosen) <= set(possible):
+        raise ValueError(f"chain.trained: got {sorted(chosen)}, needed steps of 0 to {len(possible) - 1}")
+    return Plan(tuple(PlanStep(kernel=kernel, is_trained=i in chosen) for i in range(num_steps)))
 
 
 def window(kernel: Kernel, num_steps: int, *, start: int, size: int, num_children: int = 1) -> Plan:

@@ -10,8 +10,9 @@ import math
 import pytest
 import torch
 
-from flowalign.algorithms import flow_dppo, flow_grpo, flow_grpo_fast, grpo_guard, mix_grpo, tempflow_grpo
+from flowalign.algorithms import ddpo, flow_dppo, flow_grpo, flow_grpo_fast, grpo_guard, mix_grpo, tempflow_grpo
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE
+from flowalign.core.schedules import flow_sigmas
 from tests.algorithms.chains import ODE, WORLD, draw, gradients, play, slopes
 
 FREE = {"kl_penalty": 0.0, "num_minibatches": 1}
@@ -23,6 +24,7 @@ CHAINS = {
     "ddim": (flow_grpo.Config(**WIDE, kernel="ddim"), DDIM(1.0)),
     "flow_cps": (flow_grpo.Config(**WIDE, kernel="cps"), CPS(0.8)),
     "flow_dppo": (flow_dppo.Config(**FREE, delta=1.0), SDE),
+    "ddpo": (ddpo.Config(**WIDE, noise_level=1.0), DDIM(1.0)),
     "branch_grpo": (flow_grpo.Config(**WIDE, depths=(0, 3, 6), num_children=2), SDE),
 }
 WINDOWS = {
@@ -35,15 +37,12 @@ FORKS = {"tempflow_grpo": (tempflow_grpo.Config(**WIDE, step_weight="uniform"), 
 METHODS = CHAINS | WINDOWS | FORKS
 
 
-def alone(k, members=None):
-    """Noise that differs in step ``k`` alone: by sign, or, with ``members``, drawn there and shared by so many rows elsewhere."""
+def alone(k):
+    """Noise that differs in step ``k`` alone, by sign."""
 
     def noise(i, rows):
-        if members is None:
-            sign = 1.0 - 2.0 * (torch.arange(rows) % 2).double()[:, None]
-            return sign if i == k else draw("shared", i, (1, 1)).expand(rows, 1)
-        drawn = draw("alone", k, i, (rows, 1))
-        return drawn if i == k else drawn[::members].repeat_interleave(members, 0)
+        sign = 1.0 - 2.0 * (torch.arange(rows) % 2).double()[:, None]
+        return sign if i == k else draw("shared", i, (1, 1)).expand(rows, 1)
 
     return noise
 
@@ -79,19 +78,52 @@ def test_two_nodes_of_noise_give_the_exact_gradient_of_every_step(name):
                 assert found[steps == other].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in FORKS and name != "branch_grpo" and not name.endswith("one_state")]
-)
+def in_groups(k, groups):
+    """Drawn noise that rows of a group share, but at step ``k``."""
+
+    def noise(i, rows):
+        drawn = draw("groups", k, i, (rows, 1))
+        each = rows // groups
+        return drawn if i == k else drawn[::each].repeat_interleave(each, 0)
+
+    return noise
+
+
+def sampled_slope(config, k, *, groups, noise):
+    """The estimate of a step's slope from groups of 24 draws at step ``k`` or more, and its standard error.
+
+    Times n / (n - 1) for n draws in a group, because each is part of its own baseline.
+    """
+    built = config.build()
+    per_state = built.plan(0, 10).num_leaves
+    # Children of one state are the draws where states split before k; else initial states are.
+    fans = isinstance(config, tempflow_grpo.Config) or getattr(config, "num_children", 1) == 24
+    members = 1 if fans else 24
+    experience = play(built, groups=groups, members=members, same_latent=True, noise=noise(k, groups))
+    rows, steps, found, _ = gradients(built, experience)
+    here = rows["sigma"] == experience.trajectory.sigmas[k]
+    leaves = len(torch.unique(rows.sample[here])) / groups
+    transitions = torch.unique(torch.stack([rows.sample[here].double() // (members * per_state), rows["x_next"][here][:, 0]]), dim=1)
+    draws = transitions.shape[1] / groups
+    assert draws >= 24
+    each = found[steps == k].view(groups, -1).sum(1) / leaves * draws / (draws - 1)
+    return float(each.mean()), float(each.std()) / math.sqrt(groups)
+
+
+SAMPLED = {
+    **{name: config for name, (config, _) in (CHAINS | WINDOWS).items() if not name.endswith("one_state")},
+    "flow_grpo_fast_from_one_state": flow_grpo_fast.Config(**WIDE, num_children=24),
+    "mix_grpo_from_one_state": mix_grpo.Config(**WIDE, strategy="fixed", num_children=24),
+    "tempflow_grpo": tempflow_grpo.Config(**WIDE, step_weight="uniform", num_children=24),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_drawn_noise_gives_the_exact_gradient_within_an_interval_of_one_percent(name):
-    """Times G / (G - 1), because each sample is part of its own baseline."""
-    built, groups, members = METHODS[name][0].build(), 1000, 24
     for k, slope in exact_slopes(name).items():
-        experience = play(built, groups=groups, members=members, same_latent=True, noise=alone(k, members))
-        _, steps, found, _ = gradients(built, experience)
-        each = found[steps == k].view(groups, members).mean(1) * members / (members - 1)
-        error = float(each.std()) / math.sqrt(groups)
-        assert float(each.mean()) == pytest.approx(slope, abs=4.2 * error)
-        assert error < 0.01 * abs(slope)
+        mean, error = sampled_slope(SAMPLED[name], k, groups=1000, noise=in_groups)
+        assert mean == pytest.approx(slope, abs=4.2 * error), k
+        assert error < 0.01 * abs(slope), k
 
 
 def test_independent_noise_everywhere_is_the_same_in_expectation():
@@ -129,3 +161,13 @@ def test_guards_gradient_is_the_exact_one_over_each_steps_scale():
         here = steps == k
         scale = rows["std"][here] / (rows["sigma"] - rows["sigma_next"])[here]
         assert float(found[here].mean()) == pytest.approx(exact[k] * float(scale[0]), rel=1e-9)
+
+
+def test_guards_gradient_of_drawn_noise_is_the_exact_one_over_each_steps_scale():
+    exact, sigmas = slopes(SDE, SDE)[0], flow_sigmas(10, dtype=torch.float64)
+    for k in range(9):
+        mean, error = sampled_slope(grpo_guard.Config(**WIDE), k, groups=1000, noise=in_groups)
+        one = torch.ones(1, dtype=torch.float64)
+        scale = float(SDE(one, one, sigmas[k], sigmas[k + 1]).std) / float(sigmas[k] - sigmas[k + 1])
+        assert mean == pytest.approx(exact[k] * scale, abs=4.2 * error)
+        assert error < 0.01 * abs(exact[k] * scale)

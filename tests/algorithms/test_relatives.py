@@ -157,3 +157,18 @@ def test_samples_of_one_noise_part_at_the_window_and_share_what_comes_before():
 def test_a_window_or_kernel_that_cannot_be_used_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_flow_grpo_trains_some_steps_drawn_anew_for_each_rollout():
+    """All steps have noise, as in DanceGRPO; which are trained is a matter of the rollout and the seed."""
+    built = flow_grpo.Config(num_trained=2, kl_penalty=0.0).build()
+    plans = [built.plan(step, 10, 0) for step in range(40)]
+    assert all(len(plan.trained) == 2 for plan in plans)
+    assert {step for plan in plans for step in plan.trained} == set(range(9))
+    assert {tuple(plan.trained) for plan in plans} != {tuple(built.plan(step, 10, 1).trained) for step in range(40)}
+    assert plans[3] == built.plan(3, 10, 0)
+    assert [step.kernel for step in plans[0].steps] == [step.kernel for step in flow_grpo.Config(kl_penalty=0.0).build().plan(0, 10).steps]
+    with pytest.raises(ValueError, match="num_trained: got 10, needed at most 9 of 10 steps"):
+        flow_grpo.Config(num_trained=10).build().plan(0, 10)
+    with pytest.raises(ValueError, match="num_trained: got 0, needed at least 1"):
+        flow_grpo.Config(num_trained=0)

@@ -131,9 +131,13 @@ def test_one_fork_is_fast_with_a_window_of_that_step_and_the_same_initial_noise(
     assert gradient[0].abs().max() > 0.01
 
 
-def test_forks_with_noise_everywhere_and_prompts_as_groups_estimate_what_flow_grpo_does():
-    """Path, children and completions by the SDE, weight 1: the expectation is Flow-GRPO's, with SDE continuation."""
-    plan = fork(SDE, 10, num_children=1, path=SDE, completion=SDE, compare="step")
+@pytest.mark.parametrize("compare", ["step", "prompt"])
+def test_forks_with_noise_everywhere_estimate_what_flow_grpo_does(compare):
+    """Path, children and completions by the SDE, weight 1: the expectation is Flow-GRPO's, with SDE continuation.
+
+    A final state is part of its own baseline, one of 24 within a step and one of 24 * 9 within a prompt.
+    """
+    plan = fork(SDE, 10, num_children=1, path=SDE, completion=SDE, compare=compare)
     built, members = as_plan(plan), 24
     experience = play(built, groups=150, members=members)
     _, steps, found, _ = gradients(built, experience)
@@ -142,8 +146,8 @@ def test_forks_with_noise_everywhere_and_prompts_as_groups_estimate_what_flow_gr
     )[1:3]
     exact = slopes(SDE, SDE)[0]
     for k in range(9):
-        for at, values in ((steps, found), (chain_steps, chain_found)):
-            groups = values[at == k].view(150, members).mean(1) * members / (members - 1)
+        for at, values, num in ((steps, found, members * (9 if compare == "prompt" else 1)), (chain_steps, chain_found, members)):
+            groups = values[at == k].view(150, members).mean(1) * num / (num - 1)
             error = float(groups.std()) / math.sqrt(150)
             assert float(groups.mean()) == pytest.approx(exact[k], abs=4 * error)
 

@@ -373,8 +373,9 @@ def test_each_line_of_the_factor_study_changes_one_factor():
     config = load_benchmark(find_config("benchmark_factors"), [])
     changed = {
         "without guidance": {"pipeline.guidance_scale"},
-        "fewer trained steps": set(),
+        "fewer trained steps": {"algorithm.num_trained"},
         "matching surrogate": set(),
+        "levels between steps": {"algorithm.levels"},
         "ODE sampler": {"algorithm.noise_level"},
         "AWM's weighting": {"algorithm.weighting"},
         "twice the updates": {"algorithm.num_minibatches"},
@@ -382,10 +383,18 @@ def test_each_line_of_the_factor_study_changes_one_factor():
         "average": {"train.ema_decay"},
         "half the batch": {"train.groups"},
     }
-    lines = {}
+    lines, samplers = {}, {}
     for method in config.methods:
         cell = config.final(method, {"train.learning_rate": 1e-3}, 0)
-        lines[method] = flat(configuration.encode(load_config(cell.base, cell.arguments(Path("run")))))
+        run = load_config(cell.base, cell.arguments(Path("run")))
+        lines[method] = flat(configuration.encode(run))
+        plan = run.algorithm.build().plan(0, run.pipeline.num_steps)
+        samplers[method] = [step.kernel for step in plan.steps]
+        assert not plan.has_siblings
+    # The sampler is one factor and changes on its own line alone.
+    assert samplers["flow_grpo with guidance"] == samplers["matching surrogate"] == samplers["levels between steps"]
+    assert samplers["ODE sampler"] == samplers["half the batch"] != samplers["matching surrogate"]
+    assert lines["matching surrogate"]["algorithm.num_levels"] == lines["fewer trained steps"]["algorithm.num_trained"]
     names = list(lines)
     assert list(changed) == names[1:]
     for before, after in zip(names, names[1:], strict=False):

@@ -148,3 +148,15 @@ def test_progressive_windows_are_those_of_the_released_scheduler_but_never_shrin
 def test_plans_that_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_chain_may_train_some_of_its_steps():
+    assert chain(SDE, 6, trained=(1, 4)).trained == (1, 4)
+    assert [step.kernel for step in chain(SDE, 6, trained=(1,)).steps] == [SDE] * 6
+    assert chain(SDE, 6, train_last=True, trained=(5,)).trained == (5,)
+    for chosen in ((5,), (-1,), (2, 7)):
+        with pytest.raises(ValueError, match=r"chain.trained: got .*, needed steps of 0 to 4"):
+            chain(SDE, 6, trained=chosen)
+    for kernel in (CPS(0.8), DDIM(1.0)):
+        with pytest.raises(ValueError, match="chain: step 5 is the last one, where .* has no noise"):
+            chain(kernel, 6, train_last=True)
