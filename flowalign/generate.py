@@ -36,7 +36,7 @@ def generator_of(
         x_init = normal(pipeline.event_shape, seed=seed, purpose="evaluate", step=0, prompts=ids, samples=numbers).to(pipeline.device)
         cond = pipeline.encode(prompts)
         done = pipeline.rollout(cond, ode(num_steps), x_init=x_init, noise=lambda step: x_init, role=role)
-        return pipeline.decode(done.x0)
+        return images.finite(pipeline.decode(done.x0))
 
     return generate
 

@@ -26,6 +26,20 @@ def floats(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+def finite(images: Tensor) -> Tensor:
+    """Return images as they are.
+
+    Raises:
+        FloatingPointError: If a value is not finite: weights that are finite may make such images.
+    """
+    if not bool(torch.isfinite(images).all()):
+        raise FloatingPointError(
+            "images: hold values that are not finite; the model has diverged, or the decoder's precision is too narrow. Lower train.learning_rate and "
+            "resume from the last checkpoint, or take pipeline.dtype bfloat16 or float32"
+        )
+    return images
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """Turn one image ``[3, h, w]``, floats in [0, 1] or bytes, into a picture.
 

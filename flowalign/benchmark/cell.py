@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flowalign import config as configuration
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.spec import Cell
-from flowalign.core.algorithm import REFERENCE, NeverReady
+from flowalign.core.algorithm import REFERENCE, HasHeads, NeverReady
 from flowalign.env import hardware, versions
 from flowalign.evaluate.distances import manifold
 from flowalign.evaluate.drift import suite_drift
@@ -80,6 +81,10 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     assert isinstance(trainer.pipeline, FlowPipeline)
     trainer.pipeline.encode(["a"])  # learns once how the pipeline calls its denoiser: no part of a method's price
     meter = Meter(network=trainer.pipeline.denoiser)
+    with meter.attached(), torch.no_grad():
+        one = torch.zeros(1, *trainer.pipeline.event_shape, device=trainer.pipeline.device)
+        trainer.pipeline.velocity(one, torch.tensor(0.5, device=one.device), trainer.pipeline.encode(["a"]))
+        meter.start()  # counting a row's operations takes time, which is no method's
     weights = [entry.weight for entry in config.rewards]
     reward: float | None = None
     milestones: list[dict[str, Any]] = []
@@ -97,7 +102,10 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
                 failed = str(error)  # an outcome of the method, and not of the machine
                 break
             meter.seconds += time.perf_counter() - began
-            cost, step, images = max(cost, meter.spent()[cell.unit] - before), step + 1, images + line["images"]
+            last = meter.spent()[cell.unit] - before
+            # The first step warms machines up: in seconds it is no measure of the next ones.
+            cost = last if cell.unit == "seconds" and step == 1 else max(cost, last)
+            step, images = step + 1, images + line["images"]
             if meter.spent()[cell.unit] > cell.amount and step == 1:
                 raise ValueError(f"budget: one step costs {cost:g} {cell.unit}, more than the {cell.amount:g} there are")
             log.write(json.dumps({**line, "spent": meter.spent()}) + "\n")
@@ -108,8 +116,13 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
             ends = meter.spent()[cell.unit] + cost > cell.amount
             due = cell.milestones and meter.spent()[cell.unit] >= cell.amount * (len(milestones) + 1) / cell.milestones
             if cell.milestones and (ends or due):
-                with meter.pause():
-                    milestones.append({"step": step, "spent": meter.spent(), **_measure(folder, cell, base, trainer, num_steps, chosen)})
+                try:
+                    with meter.pause():
+                        measured = _measure(folder, cell, base, trainer, num_steps, chosen)
+                except FloatingPointError as error:
+                    failed = str(error)
+                    break
+                milestones.append({"step": step, "spent": meter.spent(), **measured})
     if failed and cell.milestones:
         # It counts with what was last measured: leaving it out would let a method that diverges look like its best seeds.
         last_known = milestones[-1] if milestones else _untrained(folder, cell, base, chosen)
@@ -117,11 +130,16 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     if not failed and not trainer.may_move:
         failed = f"the policy never moved: its critic held it back for all {step} steps"
     if cell.phase == "search" and not failed:
-        with meter.pause():
-            reward = _training_reward(trainer, weights, num_steps)
+        try:
+            with meter.pause():
+                reward = _training_reward(trainer, weights, num_steps)
+        except FloatingPointError as error:
+            failed = str(error)
+    # Steps in which critics hold the policy back are paid for and move nothing.
+    moved = step - (trainer.held_back if isinstance(trainer.algorithm, HasHeads) else 0)
     return {
         "steps": step,
-        "updates": step * trainer.algorithm.num_updates,
+        "updates": moved * trainer.algorithm.num_updates,
         "images": images,
         "spent": meter.spent(),
         "reward": reward,
@@ -174,9 +192,15 @@ def _measure(folder: Path, cell: Cell, base: torch.Tensor, trainer: Trainer, num
     prompts = list(dict.fromkeys(record.prompt for record in tuned.records))[:_DRIFT_PROMPTS]
     return {
         **_scores(cell, tuned),
-        "velocity_distance": velocity_distance(pipeline, prompts, trainer.result),
+        "velocity_distance": _finite("velocity_distance", velocity_distance(pipeline, prompts, trainer.result)),
         **_compare_images(base, tuned, chosen),
     }
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: is {value}; the policy has diverged")
+    return value
 
 
 def _compare_images(base: torch.Tensor, tuned: Evaluation, chosen: Suite) -> dict[str, float]:

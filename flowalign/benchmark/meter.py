@@ -42,6 +42,11 @@ class Meter:
         """Floating-point operations of the denoiser (a multiplication and an addition are two)."""
         return self.evaluations * self.flops_per_row
 
+    def start(self) -> None:
+        """Begin to count from nothing."""
+        self.sampled = self.trained = 0
+        self.seconds = 0.0
+
     def spent(self) -> dict[str, float]:
         """Everything that was counted."""
         return {

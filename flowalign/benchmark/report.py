@@ -31,7 +31,11 @@ _DRIFT = {
 
 
 def write_benchmark(
-    config: BenchmarkConfig, trials: Sequence[Cell], finals: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]
+    config: BenchmarkConfig,
+    trials: Sequence[Cell],
+    finals: Sequence[Cell],
+    chosen: Mapping[str, Mapping[str, Any]],
+    baseless: Mapping[str, str],
 ) -> Path:
     """Write ``results.json``, ``results.md``, two pictures and ``report.html`` from the cells that have finished, and print the tables.
 
@@ -40,6 +44,7 @@ def write_benchmark(
         trials: Cells of the search.
         finals: Cells that count.
         chosen: What the search chose for each method; without an entry where no trial finished.
+        baseless: Methods whose base could not be scored, and what it said.
 
     Returns:
         The report's path.
@@ -50,7 +55,7 @@ def write_benchmark(
     tables += [_search(config, trials, chosen)] if trials else []
     finished = [cell for cell, _ in results]
     missing = [f"{cell.method}, seed {cell.seed}" for cell in finals if cell not in finished]
-    left_out = [method for method in config.methods if method not in chosen]
+    left_out = [method for method in config.methods if method not in chosen and method not in baseless]
     notes = [
         "Intervals: 95 %, Student's t over training seeds, but those of gains over the base and of 'minus' columns: these are over prompts, all seeds "
         "pooled, and do not cover new seeds.",
@@ -65,6 +70,7 @@ def write_benchmark(
         *_mixtures(result for _, result in results),
         *(f"Failed: {cell.method}, seed {cell.seed}: {result['failed']}" for cell, result in results if result.get("failed")),
         *([f"Not finished: {'; '.join(missing)}."] if missing else []),
+        *(f"Not run: {method}, whose base could not be scored: {said}" for method, said in baseless.items()),
         *([f"No trial of the search finished, so not run: {', '.join(left_out)}."] if left_out else []),
     ]
     head = f"{config.budget.amount:g} {config.budget.unit} a run, seeds {list(config.seeds)}; {_base_line(config)}"
@@ -111,7 +117,8 @@ Runs = Mapping[str, Sequence[tuple[Cell, Mapping[str, Any]]]]
 
 
 def _base_line(config: BenchmarkConfig) -> str:
-    found = [read_evaluation(folder_of(config, cell) / "records.jsonl").scores(config.suite.headline).overall for cell in config.bases()]
+    scored = [cell for cell in config.bases() if read_result(config, cell) is not None]
+    found = [read_evaluation(folder_of(config, cell) / "records.jsonl").scores(config.suite.headline).overall for cell in scored]
     return f"{_title(config)} of the base {', '.join(map(str, found))} on {config.suite.name}"
 
 
@@ -191,7 +198,11 @@ def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
     for method, runs in by_method.items():
         starts = [_base_of(config, cell).scores(config.suite.headline).overall.mean for cell, _ in runs]
         unit = config.budget.unit
-        found = [price(result["milestones"], start, config.target, unit) for (_, result), start in zip(runs, starts, strict=True)]
+        # A run that failed did not stay at anything to its end.
+        found = [
+            None if result.get("failed") else price(result["milestones"], start, config.target, unit)
+            for (_, result), start in zip(runs, starts, strict=True)
+        ]
         known = [value for value in found if value is not None]
         # An interval over the seeds that got there would be too kind to a method that often does not.
         told = _on_log_scale(known) if known and len(known) == len(runs) else "" if not known else f"{min(known):.3g} at best"
@@ -240,9 +251,11 @@ def _charts(config: BenchmarkConfig, by_method: Runs) -> list[Chart]:
         if not runs:
             continue
         starts = [_base_of(config, cell).scores(config.suite.headline).overall.mean for cell, _ in runs]
-        num = min(len(result["milestones"]) for _, result in runs)
-        columns = [[result["milestones"][k] for _, result in runs] for k in range(num)]
-        x = [0.0, *(_mean([milestone["spent"][unit] for milestone in column]) for column in columns)]
+        courses = [result["milestones"] for _, result in runs]
+        num = max(map(len, courses))
+        # A run that failed early keeps its last score: dropping it would end the curve, or leave it to the runs that went well.
+        columns = [[course[min(k, len(course) - 1)] for course in courses] for k in range(num)]
+        x = [0.0, *(_mean([course[k]["spent"][unit] for course in courses if k < len(course)]) for k in range(num))]
         scores = [seed_interval(values) for values in [starts, *([m["score"] for m in column] for column in columns)]]
         compute.append(_curve(method, x, scores))
         distance = [0.0, *(_mean([milestone["velocity_distance"] for milestone in column]) for column in columns)]

@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 from flowalign import config as configuration
 from flowalign.config import ConfigError
+from flowalign.core.distillation import Settings
+from flowalign.core.schedules import linear_sigmas
 from flowalign.evaluate.suites import Suite, check_name, suite
-from flowalign.run_config import load_config
+from flowalign.run_config import RunConfig, load_config
 from flowalign.suite_options import given_options, suite_options
+from flowalign.train.rehearsal import rehearse
 
 Unit = Literal["evaluations", "flops", "seconds"]
 UNITS: tuple[Unit, ...] = ("evaluations", "flops", "seconds")
@@ -234,7 +237,7 @@ class BenchmarkConfig:
             raise ValueError(f"milestones: got {self.milestones}, needed at least 1")
 
     def check(self) -> None:
-        """Decode every configuration that will run: a mistake is found now and not in the last cell.
+        """Decode every configuration that will run, and rehearse a step of it: a mistake is found now and not in the last cell.
 
         Raises:
             ConfigError: Names the method.
@@ -243,8 +246,9 @@ class BenchmarkConfig:
         for method in self.methods:
             for point in self.search.points():
                 try:
-                    self.final(method, point, self.seeds[0])
-                except (ConfigError, FileNotFoundError) as error:
+                    cell = self.final(method, point, self.seeds[0])
+                    _rehearse(load_config(cell.base, cell.arguments(self.output)))
+                except (ValueError, FileNotFoundError) as error:
                     raise ConfigError(f"methods.{method}: {error}") from error
 
     def bases(self) -> list[Cell]:
@@ -312,6 +316,14 @@ _SMALL = 2**26
 def _hash(path: Path, size: int, changed: int) -> str:
     """Hash a file once for every cell that asks; size and time tell that it is still the same."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _rehearse(config: RunConfig) -> None:
+    """Let the algorithm refuse what it cannot do, on a straight grid of the pipeline's number of steps."""
+    if isinstance(config.algorithm, Settings):
+        return
+    sigmas = linear_sigmas(config.pipeline.num_steps)
+    rehearse(config.algorithm.build(), sigmas, groups=config.train.groups, group_size=config.train.group_size)
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:

@@ -70,19 +70,29 @@ def _study(config: BenchmarkConfig, *, jobs: int, threads: int) -> Path:
     """Run what has not finished, and report."""
     bases = config.bases()
     _run(bases, config, jobs=jobs, threads=threads, title="bases")
-    for cell in bases:
-        if not _is_done(config, cell):
-            output = folder_of(config, cell) / "output.txt"
-            said = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
-            raise ValueError(f"the base could not be scored: {said[-1] if said else 'it said nothing'}; see {output}")
-    trials = [cell for method in config.methods for cell in config.trials(method)]
+    # A base that fails costs the methods that begin at it, and no others.
+    lost = {cell.reference: _last_words(config, cell) for cell in bases if not _is_done(config, cell)}
+    if len(lost) == len(bases):
+        raise ValueError(f"the base could not be scored: {next(iter(lost.values()))}")
+    baseless = {method: lost[reference] for method in config.methods if (reference := _reference(config, method)) in lost}
+    trials = [cell for method in config.methods if method not in baseless for cell in config.trials(method)]
     _run(trials, config, jobs=jobs, threads=threads, title="search")
-    best = {method: _best(config, method) for method in config.methods}
+    best = {method: _best(config, method) for method in config.methods if method not in baseless}
     chosen = {method: point for method, point in best.items() if point is not None}
     # Seeds outermost: a study that is stopped early has all methods on some seeds.
     finals = [config.final(method, point, seed) for seed in config.seeds for method, point in chosen.items()]
     _run(finals, config, jobs=jobs, threads=threads, title="runs")
-    return write_benchmark(config, trials, finals, chosen)
+    return write_benchmark(config, trials, finals, chosen, baseless)
+
+
+def _reference(config: BenchmarkConfig, method: str) -> str:
+    return config.final(method, config.search.points()[0], config.seeds[0]).reference
+
+
+def _last_words(config: BenchmarkConfig, cell: Cell) -> str:
+    output = folder_of(config, cell) / "output.txt"
+    said = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
+    return f"{said[-1] if said else 'it said nothing'}; see {output}"
 
 
 def _best(config: BenchmarkConfig, method: str) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from flowalign.train.journal import HIDDEN, Clock
 from flowalign.train.overlap import Decoder, Scorers, StepScores
 from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
+from flowalign.train.rehearsal import rehearse
 from flowalign.train.scoring import NamedReward, RewardTable, score
 from flowalign.train.settings import TrainConfig
 from flowalign.train.tables import NOVELTY, Sampled, check_needs, extra_tables, features, learns_alone
@@ -93,6 +94,13 @@ class Collector:
                 f"{plan.compare}, so needed at least 2 there"
             )
         check_needs(self.estimator.needs, plan, len(self.metrics))
+        rehearse(
+            self.algorithm,
+            self.pipeline.sigmas(self.pipeline.num_steps),
+            groups=self.config.groups,
+            group_size=self.config.group_size,
+            num_processes=self.accelerator.num_processes,
+        )
         self.state = self.estimator.init()
         self.evaluations: Counter[str] = Counter()
         measured = [[metric] for metric in self.metrics if not isinstance(metric, str)]

@@ -175,11 +175,6 @@ class Trainer:
             FloatingPointError: If a loss or gradient is not finite, before anything moves.
         """
         rows = self.algorithm.rows(experience, update)
-        if rows.is_grouped and self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"algorithm: its loss compares whole groups, but {self.accelerator.num_processes} processes share each; run one process, or "
-                "choose an algorithm that works row by row, such as diffusion_nft"
-            )
         if len(rows) == 0:
             raise ValueError(f"step {update.step}, update {update.index}: no rows to train on (fewer groups than minibatches?)")
         parts = rows.split(self.config.micro_batch_size)

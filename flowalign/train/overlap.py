@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.images import finite
 from flowalign.train.protocols import Pipeline
 from flowalign.train.scoring import NamedReward, Result, RewardTable, Submits, to_table
 
@@ -157,7 +158,7 @@ class Decoder:
             return
         x0, rows = (torch.cat(column) for column in zip(*self._held, strict=True))
         self._held.clear()
-        images = self.pipeline.decode(x0)
+        images = finite(self.pipeline.decode(x0))
         self._done.append((images, rows))
         mine = rows.tolist()
         self.scores.hand_over(rows, images, [self.prompts[row] for row in mine], [self.metadata[row] for row in mine])

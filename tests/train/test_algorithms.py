@@ -71,11 +71,24 @@ def test_micro_batches_change_nothing_where_children_share_an_evaluation(write_c
 
 
 def test_what_compares_whole_groups_refuses_several_processes(write_config, monkeypatch):
-    built = build(write_config, algorithm={"type": "dgpo", "num_levels": 2, "level_fraction": 0.8})
-    collected = built.collect(0)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match="compares whole groups, but 2 processes share each"):
-        built.update(collected.experience, collected.velocity, Update(seed=0, step=0, index=0))
+        build(write_config, algorithm={"type": "dgpo", "num_levels": 2, "level_fraction": 0.8})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"type": "diffusion_nft", "num_levels": 5}, "num_levels: got 5, needed 1 to 4, the steps of the rollout"),
+        ({"type": "ac_flow", "num_levels": 5, "critic": {"width": 16}}, "num_levels: got 5, needed 1 to 4"),
+        ({"type": "dgpo", "num_levels": 4, "level_fraction": 0.5}, "4 levels do not fit into the 2 first steps"),
+        ({"type": "awm", "levels": "discrete", "num_levels": 4}, "num_levels: 4 levels do not fit into 2 usable steps"),
+        ({"type": "flow_grpo", "num_trained": 4}, "num_trained: got 4, needed at most 3 of 4 steps"),
+    ],
+)
+def test_what_an_algorithm_cannot_do_is_refused_before_the_first_rollout(write_config, algorithm, message):
+    with pytest.raises(ValueError, match=message):
+        build(write_config, algorithm=algorithm)
 
 
 def test_nft_samples_with_the_old_policy(write_config, monkeypatch):
