@@ -17,8 +17,8 @@ class Config(PolicyConfig):
 
     References:
         Li et al., "MixGRPO", 2025, https://arxiv.org/abs/2507.21802: windows of 4, moved by 1 every 25 steps, 12 samples of one initial noise.
-        Deviations: the window stays whole up to the last step but one, and then begins anew (the released scheduler lets it shrink to
-        nothing first); samples of one noise share what comes before the window (the code samples it for each), and by default every
+        Deviations: the window stays whole up to the last step but one, and then begins anew (the released scheduler keeps it below step
+        ``num_steps - 2``, one earlier, and lets it shrink to nothing there); samples of one noise share what comes before the window (the code samples it for each), and by default every
         sample has its own noise (``num_children`` 1 and ``train.group_size`` samples; published: 12 of one noise).
 
     Attributes:

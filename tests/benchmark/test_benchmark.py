@@ -363,6 +363,64 @@ def test_a_run_that_diverges_counts_with_what_was_last_measured(write, in_proces
     assert "| awm | 0 of 2 |" in shown
 
 
+@pytest.mark.parametrize("where", ["rollout", "suite"])
+def test_a_run_whose_images_are_not_finite_counts_and_has_no_price(write, in_process, monkeypatch, where):
+    """Its weights and losses may be finite all along; a suite's own error would look like a crash and drop the seed."""
+    from flowalign.pipelines.base import FlowPipeline
+
+    path = write(target=0.0)
+    config = load_benchmark(path, [])
+    cell = config.final("awm", {}, 1)
+    honest, cell_of, now = FlowPipeline.decode, run_cell, {}
+
+    def decode(self, x, **options):
+        made = honest(self, x, **options)
+        scoring = len(x) == 12  # the suite's images; a rollout has 8
+        now["broken"] = now.get("broken", 0) + (now.get("inside", False) and scoring == (where == "suite"))
+        return made * float("nan") if now["broken"] > (1 if where == "rollout" else 0) else made
+
+    def run(folder, **options):
+        now.clear()
+        now["inside"] = Path(folder).name == folder_of(config, cell).name
+        return cell_of(folder, **options)
+
+    monkeypatch.setattr(FlowPipeline, "decode", decode)
+    monkeypatch.setattr("tests.benchmark.test_benchmark.run_cell", run)
+    study.benchmark(str(path))
+    result = read_result(config, cell)
+    assert "images: hold values that are not finite" in result["failed"]
+    assert result["milestones"][-1]["score"] >= 0
+    text = (config.output / "results.md").read_text()
+    assert "Failed: awm, seed 1: images: hold values" in text
+    assert "Not finished" not in text
+    row = next(line for line in text.split("Price of")[1].splitlines() if line.startswith("| awm |"))
+    assert "1 of 2" in row
+
+
+def test_a_base_that_cannot_be_scored_costs_its_own_methods_alone(write, in_process, monkeypatch):
+    path = write(methods={"awm": {}, "guided": {"pipeline.guidance_scale": 4.0}})
+    config = load_benchmark(path, [])
+    lost, honest = config.final("guided", {}, 0).reference, run_cell
+
+    def run(folder, **options):
+        if Path(folder).name == lost:
+            raise ValueError("no such luck")
+        return honest(folder, **options)
+
+    monkeypatch.setattr("tests.benchmark.test_benchmark.run_cell", run)
+    study.benchmark(str(path))
+    text = (config.output / "results.md").read_text()
+    assert "Not run: guided, whose base could not be scored: no such luck" in text
+    assert read_result(config, config.final("awm", {}, 1)) is not None
+    assert not folder_of(config, config.final("guided", {}, 0)).exists()
+
+
+def test_a_rehearsal_refuses_a_method_before_the_study_begins(write):
+    changes = {"nft": {"algorithm": {"type": "diffusion_nft", "num_levels": 9}}}
+    with pytest.raises(ConfigError, match="methods.nft: num_levels: got 9, needed 1 to 3"):
+        load_benchmark(write(methods=changes), [])
+
+
 def test_equal_trials_are_no_choice_and_are_said_to_be_none(write, in_process, capsys):
     # Rates that move nothing.
     grid = {"train.learning_rate": [1e-30, 2e-30]}
