@@ -18,7 +18,7 @@ from flowalign.run_config import RewardConfig
 from flowalign.train.scoring import NamedReward, score
 
 SHAPES_PROMPTS = 300  # of the shapes suite, where the command line does not say
-_OF = {"shapes": ("split",), "geneval": ("detector", "clip", "split"), "prompts": ("prompts", "reward")}
+_OF = {"shapes": ("split", "reward"), "geneval": ("detector", "clip", "split"), "prompts": ("prompts", "reward")}
 
 
 def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,15 +27,17 @@ def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]
     Args:
         name: The suite.
         num_prompts: As on the command line.
-        options: ``split``; of "geneval" also ``detector`` and ``clip``; of "prompts" ``prompts`` (a file) and ``reward`` (YAML texts). None
-            where not given.
+        options: ``split``; of "geneval" also ``detector`` and ``clip``; of "shapes" ``reward`` (YAML texts), measured besides; of "prompts" ``prompts`` (a
+            file) and ``reward``. None where not given.
 
     Raises:
         ConfigError: If an option belongs to another suite, or one is missing.
     """
     given = given_options(name, options)
     if name == "shapes":
-        return {**given, **({} if num_prompts else {"num_prompts": SHAPES_PROMPTS})}
+        rewards = given.pop("reward", None)
+        scored = {} if rewards is None else {"score": scorer(named_rewards(rewards))}
+        return {**given, **scored, **({} if num_prompts else {"num_prompts": SHAPES_PROMPTS})}
     if name == "geneval":
         from flowalign.rewards.geneval import Config
 

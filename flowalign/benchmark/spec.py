@@ -73,7 +73,7 @@ class SuiteConfig:
         detector: Of "geneval".
         clip: Of "geneval".
         prompts: File of "prompts".
-        reward: Rewards of "prompts", each as YAML text: ``clip_score`` or ``{type: pickscore, model: FOLDER}``. One that no method is trained on
+        reward: Rewards of "prompts", or measured besides of "shapes", each as YAML text: ``clip_score`` or ``{type: pickscore, model: FOLDER}``. One that no method is trained on
             is a check that a method cannot have flattered.
     """
 

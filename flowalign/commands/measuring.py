@@ -23,7 +23,7 @@ def add_evaluate(add: Add) -> None:
         action="append",
         default=None,
         metavar="TYPE",
-        help="prompts: a reward, as 'clip_score' or '{type: clip_score, model: FOLDER}'",
+        help="prompts, shapes: a reward to measure, as 'clip_score' or '{type: clip_score, model: FOLDER}'",
     )
     evaluate.add_argument("--detector", default=None, metavar="MODEL", help="geneval: folder or hub id of a Mask2Former for COCO instances")
     evaluate.add_argument("--clip", default=None, metavar="MODEL", help="geneval: folder or hub id of the CLIP that names colours")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from flowalign.evaluate.suites import Judgement, Prompt, prompt_id
-
-Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Mapping[str, Tensor]]
-"""Scores images ``[batch, 3, h, w]`` against prompts and records: names to values ``[batch]``, NaN where one could not be computed."""
+from flowalign.evaluate.suites import Judgement, Prompt, Score, prompt_id, scores_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +45,4 @@ class PromptSuite:
 
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Score images with every reward."""
-        columns = self.score(images, [prompt.text for prompt in prompts], [dict(prompt.metadata) for prompt in prompts])
-        rows = {name: [None if math.isnan(value) else value for value in values.tolist()] for name, values in columns.items()}
-        return [Judgement(scores={name: values[i] for name, values in rows.items()}) for i in range(len(prompts))]
+        return [Judgement(scores=scores) for scores in scores_of(self.score, images, prompts)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -20,6 +21,10 @@ from flowalign.shapes.verifier import CLAUSES
 
 Generate = Callable[[list[str], list[tuple[int, int]]], Tensor]
 """Makes images ``[batch, 3, h, w]`` in [0, 1] from prompts and, for each image, two numbers that its noise must depend on alone."""
+
+
+Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Mapping[str, Tensor]]
+"""Scores images ``[batch, 3, h, w]`` against prompts and records: names to values ``[batch]``, NaN where one could not be computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +84,14 @@ class ShapesSuite:
         seed: Chooses the prompts where ``num_prompts`` leaves a choice.
         num_prompts: How many prompts, the tags in equal shares as far as they go; None for all there are.
         images_per_prompt: How many images each prompt gets.
+        score: From images, prompts and their records to further scores by name, for example rewards; NaN where one could not be computed.
     """
 
     split: Literal["heldout", "train"] = "heldout"
     seed: int = 0
     num_prompts: int | None = None
     images_per_prompt: int = 4
+    score: Score | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -114,17 +121,25 @@ class ShapesSuite:
             verdict.clauses_valid.tolist(),
             strict=True,
         )
+        found = [{}] * len(prompts) if self.score is None else scores_of(self.score, images, prompts)
         judgements = []
-        for strict, graded, holds, is_asked in columns:
+        for row, (strict, graded, holds, is_asked) in enumerate(columns):
             clauses = {n: bool(h) for n, h, asked in zip(CLAUSES, holds, is_asked, strict=True) if asked}
             reason = "; ".join(f"{name}: wrong" for name, good in clauses.items() if not good)
-            judgements.append(Judgement(strict=bool(strict), graded=float(graded), clauses=clauses, reason=reason))
+            judgements.append(Judgement(strict=bool(strict), graded=float(graded), scores=found[row], clauses=clauses, reason=reason))
         return judgements
 
     def reference(self, *, seed: int) -> Tensor:
         """Draw fresh images of the suite's prompts, ``images_per_prompt`` of each, in the order of an evaluation's records."""
         metadata = [dict(p.metadata) for p in self.prompts() for _ in range(self.images_per_prompt)]
         return shapes.render(metadata, seed)
+
+
+def scores_of(score: Score, images: Tensor, prompts: Sequence[Prompt]) -> list[dict[str, float | None]]:
+    """Return further scores of each image by name; None where one could not be computed."""
+    columns = score(images, [prompt.text for prompt in prompts], [dict(prompt.metadata) for prompt in prompts])
+    rows = {name: [None if math.isnan(value) else value for value in values.tolist()] for name, values in columns.items()}
+    return [{name: values[i] for name, values in rows.items()} for i in range(len(prompts))]
 
 
 def names() -> list[str]:

@@ -1,6 +1,7 @@
 """The suites "geneval" and "prompts", and the verdict of a comparison."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flowalign.evaluate.records import compare, read_evaluation, table
 from flowalign.evaluate.statistics import paired_difference
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.evaluate.verdicts import verdict
+from flowalign.rewards import jpeg_size
 from flowalign.rewards.geneval_prompts import official
 from flowalign.rewards.geneval_rules import Found, judge
 from flowalign.suite_options import suite_options
@@ -125,6 +127,26 @@ def test_the_verdict_says_what_is_shown_and_how_many_images_more_would_need():
     assert "allows no interval" in verdict(paired_difference([0.0], [1.0], [0], ["a"]), resolution=0.1)
     with pytest.raises(ValueError, match="resolution: got 0"):
         verdict(same, resolution=0)
+
+
+def test_the_shapes_suite_measures_rewards_besides():
+    options = suite_options("shapes", 12, {"reward": ["jpeg_size", "tests.evaluate.test_more_suites.skipping"]})
+    chosen = suite("shapes", num_prompts=12, images_per_prompt=2, **options)
+    images = torch.rand(24, 3, 32, 32, generator=generator("shapes and rewards"))
+    found = run_suite(chosen, lambda texts, seeds: images[: len(texts)], batch_size=24)
+    assert found.measures() == ("strict", "graded", "jpeg_size", "skipping")
+    expected = jpeg_size.Config().build()(images, [""] * 24, [{}] * 24).tolist()
+    assert [record.scores["jpeg_size"] for record in found.records] == pytest.approx(expected)
+    assert [record.scores["skipping"] for record in found.records[:2]] == [None, pytest.approx(float(images[1].mean()))]
+    assert run_suite(suite("shapes", num_prompts=12, images_per_prompt=2), lambda texts, seeds: images[: len(texts)]).measures() == (
+        "strict",
+        "graded",
+    )
+
+
+def skipping(images):
+    """Cannot say anything of the first image."""
+    return torch.cat([torch.tensor([math.nan]), images[1:].mean((1, 2, 3))])
 
 
 def test_misspelt_and_misplaced_options_are_answered(tmp_path):
