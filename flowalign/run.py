@@ -195,7 +195,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
             alarm = error  # what the run was stopped for must not cost its weights
         assert isinstance(trainer.pipeline, FlowPipeline)
         whole = unshared(trainer.pipeline)
-        if accelerator.is_main_process:
+        if whole is not None and accelerator.is_main_process:
             whole.save(config.output / "weights", trainer.result, notes=_notes(config))
             model_card.write(config, config.output / "weights", step=read_log(config.output / "log.jsonl")[-1]["step"] + 1)
             print(f"weights: {config.output / 'weights'}")

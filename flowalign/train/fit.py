@@ -250,7 +250,7 @@ class Trainer:
             raise
         except FloatingPointError as error:
             raise self._diverged(name, update.step, str(error)) from error
-        norm = float(sharding.whole(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm)))
+        norm = sharding.number(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
         if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
             player.optimizer.zero_grad(set_to_none=True)
             return {}
@@ -324,7 +324,7 @@ class Trainer:
     def _check_weights(self, step: int) -> None:
         """Refuse to log and save weights that are not finite, as a rate far too large makes them of a finite gradient."""
         weights = [weight for player in self.trained.values() for weight in player.parameters]
-        norm = float(sharding.whole(torch.nn.utils.get_total_norm(weights)))
+        norm = sharding.number(torch.nn.utils.get_total_norm(weights))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {step}: the norm of the weights is {norm} (last finite: {self._last_finite}); this step is not saved. "

@@ -33,10 +33,19 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
+def number(value: Tensor) -> float:
+    """Return a shared or whole tensor of one number as a number, on every process; every process must ask."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
 def whole(state: Any) -> Any:
-    """Gather the shared tensors of a nested state in main memory; every process must ask for the same. The rest stays as it is."""
+    """Gather the shared tensors of a nested state in the main memory of the first process; every process must ask for the same.
+
+    On the others a shared tensor becomes None, so that a machine holds each once. The rest stays as it is.
+    """
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        found = state.full_tensor()
+        return found.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(state, Mapping):
         return {key: whole(value) for key, value in state.items()}
     return [whole(value) for value in state] if isinstance(state, list) else state
@@ -62,8 +71,8 @@ def share_moments(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
     return {**state, "state": moments}
 
 
-def unshared(pipeline: FlowPipeline) -> FlowPipeline:
-    """Return a pipeline of its own with whole weights and the same roles, which can be saved; every process must ask for it.
+def unshared(pipeline: FlowPipeline) -> FlowPipeline | None:
+    """Return a pipeline of its own with whole weights and the same roles, which can be saved; every process must ask for it, the first one gets it.
 
     One whose weights are not shared is returned as it is.
     """
@@ -71,6 +80,8 @@ def unshared(pipeline: FlowPipeline) -> FlowPipeline:
     if not is_sharded(network):
         return pipeline
     roles, state = whole(pipeline.roles.state_dict()), whole(network.state_dict())
+    if torch.distributed.get_rank() > 0:
+        return None
     base = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     kind: Any = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
     fresh = kind.from_config(network.config)
