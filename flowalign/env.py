@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
+MADE = "made.jsonl"
 PACKAGES = (
     "flowalign-diffusion",
     "torch",
@@ -52,6 +55,24 @@ def hardware() -> dict[str, str]:
 def how_made(*program: str) -> dict[str, Any]:
     """Return what a report says of its making: the command after the program's name, versions and hardware."""
     return {"command": shlex.join([*(program or ("flowalign",)), *sys.argv[1:]]), "versions": versions(), "hardware": hardware()}
+
+
+def note_made(folder: Path) -> None:
+    """Add this process's command, versions and hardware to what a run's folder knows of its starts."""
+    with (folder / MADE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(how_made()) + "\n")
+
+
+def read_made(folder: Path) -> list[dict[str, Any]]:
+    """Read what ``note_made`` wrote, the first start first; nothing where nothing was noted, or a line was cut off."""
+    path = folder / MADE
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 def table() -> str:

@@ -43,7 +43,7 @@ def write_evaluation(
         subtitle=f"{names[1]} on {tuned.suite}, {len(tuned.records)} images, seed {tuned.seed}",
         names=names,
         headline=None if base is None else headline(base, tuned, name=f"{first.capitalize()} score", measure=first),
-        comparisons=[] if base is None or first not in MEASURES else comparisons(base, tuned),
+        comparisons=[] if base is None or first not in (*MEASURES, tuned.headline) else comparisons(base, tuned),
         scores=[] if base is None else score_rows(base, tuned, measure=first),
         galleries=extremes(tuned, first),
         charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
@@ -60,7 +60,7 @@ def extremes(found: Evaluation, measure: Measure) -> list[Gallery]:
     """Return the best and the worst images; of equal ones those that come first in the suite, one of each prompt."""
     assert found.images is not None
     # What is right or wrong has many equals; partial credit orders them.
-    by = "graded" if measure == "strict" and "graded" in found.measures() else measure
+    by = "graded" if measure == found.headline and "graded" in found.measures() else measure
     valued = [(value, row) for row, record in enumerate(found.records) if (value := value_of(record, by)) is not None]
     galleries = []
     for title, sign in (("Worst images", 1), ("Best images", -1)):
@@ -72,7 +72,7 @@ def extremes(found: Evaluation, measure: Measure) -> list[Gallery]:
             record = found.records[row]
             clauses = [(name.replace("_", " "), holds) for name, holds in record.clauses.items()]
             data = picture_bytes(found.images[row])
-            pictures.append(Picture(data=data, text=record.prompt, passed=record.strict, note=f"{by} {value:.3g}", clauses=clauses))
+            pictures.append(Picture(data=data, text=record.prompt, passed=found.passed(record), note=f"{by} {value:.3g}", clauses=clauses))
         galleries.append(Gallery(title=title, lead=f"By {by}, at most one of each prompt; of equal ones the first.", pictures=pictures))
     return galleries
 

@@ -103,6 +103,9 @@ class Result:
             several += f" and of {len(self.bases)} others" if len(self.bases) > 1 else ""
             print(f"\n{measure} on {first.suite}, {len(first.records)} images, {mine} steps{against}, seed {first.seed}{several}")
             print(table(self.base or first, first if self.base else None, measure=measure))
+            told = self._invalid(measure)
+            if told:
+                print(told)
             if measure in self.over_seeds:
                 print(f"gains of the runs: {', '.join(f'{gain:+.3f}' for gain in self.over_seeds[measure].gains)}")
             if measure in self.verdicts:
@@ -111,6 +114,15 @@ class Result:
             print(f"\nfidelity and diversity{f', run {number + 1}' if len(self.fidelity) > 1 else ''}")
             print(table_lines([COLUMNS, *found.rows()]))
             print("\n".join(found.notes()))
+
+    def _invalid(self, measure: Measure) -> str:
+        """Say how many images have no score: means are over the others."""
+        found = [(name, run.summary()["num_invalid"].get(measure, 0), len(run.records)) for name, run in self._sides()]
+        said = [f"{num} of {size} images{f' of {name}' if len(found) > 1 else ''}" for name, num, size in found if num]
+        return f"not scored: {', '.join(said)}; means are over the others" if said else ""
+
+    def _sides(self) -> list[tuple[str, Evaluation]]:
+        return [*([(self.names[0], self.base)] if self.base is not None else []), (self.names[1], self.runs[0])]
 
     def write(self, folder: Path) -> None:
         """Write records, ``summary.json`` and ``report.html`` into a folder."""
@@ -128,6 +140,7 @@ class Result:
             names=self.names,
             notes=[
                 *(f"{measure}: {text}" for measure, text in self.verdicts.items()),
+                *(f"{measure}, {lost}" for measure in self.runs[0].measures() if (lost := self._invalid(measure))),
                 *(_NOTES_ONE if len(self.runs) == 1 else _NOTES_SEVERAL),
                 *(self.fidelity[0].notes() if self.fidelity else ()),
             ],

@@ -65,7 +65,7 @@ def load(kind: str, name: str) -> Any:
 
 
 def of_function(function: Callable[..., Any], name: str | None = None) -> Any:
-    """Return the configuration of a plain reward function ``f(prompts, images, **columns)``, as if it were a plugin of that name.
+    """Return the configuration of a plain reward ``f(prompts, images, **columns)``, a function or anything callable, as if it were a plugin of that name.
 
     Examples:
         >>> of_function(lambda prompts, images: [len(prompt) for prompt in prompts], "mine.length").__module__
@@ -77,7 +77,9 @@ def of_function(function: Callable[..., Any], name: str | None = None) -> Any:
 
         return PlainReward(function)
 
-    namespace = {"build": build, "__doc__": function.__doc__, "__module__": name or f"{function.__module__}.{function.__qualname__}"}
+    known = getattr(function, "func", function)  # what a functools.partial calls
+    known = known if hasattr(known, "__qualname__") else type(known)
+    namespace = {"build": build, "__doc__": function.__doc__, "__module__": name or f"{known.__module__}.{known.__qualname__}"}
     return dataclasses.make_dataclass("Config", [], frozen=True, kw_only=True, namespace=namespace)
 
 

@@ -23,6 +23,7 @@ from flowalign import config as configuration
 from flowalign import data, estimators, model_card, snapshots
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
+from flowalign.env import note_made
 from flowalign.evaluate import monitors
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
@@ -47,7 +48,9 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         NamedReward(name=name, reward=entry.reward.build(), may_skip=entry.may_skip)
         for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True)
     ]
-    _check_prompts(rewards, prompts)
+    metrics = _metrics(config.metrics)
+    _check_prompts([*rewards, *(metric for metric in metrics if not isinstance(metric, str))], prompts)
+    _check_best(config, rewards, metrics)
     distils = isinstance(config.algorithm, Settings)
     estimator = None if distils else _estimator(config.advantage, [entry.weight for entry in config.rewards])
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
@@ -68,7 +71,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         algorithm=config.algorithm.build(),
         estimator=estimator,
         rewards=rewards,
-        metrics=_metrics(config.metrics),
+        metrics=metrics,
         draw=draw,
         config=config.train,
         seed=config.seed,
@@ -114,6 +117,17 @@ def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt
                 entry.reward.check(prompt.metadata)
             except ValueError as error:
                 raise ConfigError(f"{prompt.where}: reward {entry.name!r} cannot score {prompt.text!r}: {error}") from error
+
+
+def _check_best(config: RunConfig, rewards: Sequence[NamedReward], metrics: Sequence[Metric]) -> None:
+    """Refuse to keep the best step by something that will not be logged; a reward with several columns logs ``name/column``."""
+    by = config.train.keep_best_by
+    names = [entry if isinstance(entry, str) else entry.name for entry in (*rewards, *metrics)]
+    if by is not None and by.partition("/")[0] not in names:
+        raise ConfigError(
+            f"train.keep_best_by: got {by!r}, but what is logged is {', '.join(sorted(names)) or 'nothing'}; add it under rewards with weight 0, or under "
+            "metrics"
+        )
 
 
 def _estimator(spec: Any, weights: list[float]) -> Any:
@@ -181,6 +195,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
     with alone_in(config.output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             claim_folder(config)
+            note_made(config.output)
         accelerator.wait_for_everyone()
         if config.train.trackers:
             accelerator.init_trackers("flowalign", config=_settings(configuration.encode(config)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         """Take a plain function as a plugin, and refuse negative weights."""
-        if inspect.isfunction(self.reward):
+        if callable(self.reward) and not hasattr(self.reward, "build"):
             object.__setattr__(self, "reward", plugins.of_function(self.reward)())
         if self.weight < 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from flowalign import config as configuration
 from flowalign import snapshots
 from flowalign.compute import cost_rows, flops_by_purpose
 from flowalign.config import ConfigError
-from flowalign.env import how_made
+from flowalign.env import how_made, read_made
 from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, Work, write_report
 from flowalign.images import jpeg_bytes
 from flowalign.train.journal import read_log
 
 Log = list[dict[str, Any]]
+_BAND = " (band)"
 _PHASES = ("rollout", "reward", "advantage", "train", "checkpoint")
 
 
@@ -41,8 +43,10 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
         names = [str(run) for run in runs]
     logs = {name: _log_of(run) for name, run in zip(names, runs, strict=True)}
     settings = {name: configuration.read_yaml(run / "config.yaml") for name, run in zip(names, runs, strict=True)}
+    made = {name: read_made(run) for name, run in zip(names, runs, strict=True)}
+    unknown = [name for name in names if not made[name]] if len(runs) == 1 else []
     flat = {name: [_flat(line) for line in log] for name, log in logs.items()}
-    parts = list(dict.fromkeys(key for rows in flat.values() for row in rows for key in row if key != "step"))
+    parts = list(dict.fromkeys(key for rows in flat.values() for row in rows for key in row if key != "step" and not key.endswith(_BAND)))
     report = Report(
         title="flowalign run" if len(runs) == 1 else f"{len(runs)} flowalign runs",
         subtitle=", ".join(f"{name} ({len(log)} steps)" for name, log in logs.items()),
@@ -50,12 +54,25 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
         charts=[_chart(part, flat) for part in parts],
         shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
         work=_work(next(iter(logs.values()))) if len(runs) == 1 else (),
-        tables=_tables(logs, settings),
+        tables=_tables(logs, settings) + _made_of_runs(made),
         configuration=yaml.safe_dump(next(iter(settings.values())), sort_keys=False),
-        **how_made(),
-        notes=_notes(logs),
+        **(made[names[0]][-1] if len(runs) == 1 and made[names[0]] else how_made()),
+        notes=_notes(logs)
+        + [f"{name}: no record of command, software and machine; what stands above is this report's own." for name in unknown],
     )
     return write_report(output or runs[0] / "report.html", report)
+
+
+def _made_of_runs(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
+    """Say how several runs were made, or one that was begun more than once."""
+    rows = [
+        [name, str(number + 1), entry["command"], entry["versions"].get("torch", ""), entry["hardware"].get("devices", "")]
+        for name, entries in made.items()
+        for number, entry in enumerate(entries)
+    ]
+    if len(rows) < 2:
+        return []
+    return [Table(title="How runs were made", columns=("Run", "Start", "Command", "torch", "Devices"), rows=rows)]
 
 
 def _log_of(run: Path) -> Log:
@@ -97,12 +114,21 @@ def _flat(line: Mapping[str, Any]) -> dict[str, float]:
     """Lay a line out as ``part/name`` columns, the step counted from 1."""
     groups = {"reward": "reward", "metric": "held out", "monitor": "monitor", "metrics": "training"}
     columns = {f"{title}: {name}": value for part, title in groups.items() for name, value in line.get(part, {}).items()}
+    # Images of a prompt are alike, so that the true interval is wider than one of so many single images.
+    for name, spread in line.get("reward_std", {}).items():
+        columns[f"reward: {name}{_BAND}"] = 1.96 * spread / math.sqrt(max(1, line.get("images", 1)))
     return {"step": line["step"] + 1, **columns, "training: gradient norm": line["grad_norm"]}
 
 
 def _chart(part: str, flat: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
-    found = [curve_from_log(rows, part, name=name) for name, rows in flat.items()]
-    return Chart(title=part[0].upper() + part[1:].replace("_", " "), curves=[curve for curve in found if curve.x])
+    found = [curve_from_log(rows, part, name=name, half=part + _BAND) for name, rows in flat.items()]
+    curves = [curve for curve in found if curve.x]
+    caption = (
+        "Band: 1.96 standard errors of a step's images, as if each were of a prompt of its own."
+        if any(curve.low for curve in curves)
+        else ""
+    )
+    return Chart(title=part[0].upper() + part[1:].replace("_", " "), curves=curves, caption=caption)
 
 
 def _shares(log: Log) -> list[Share]:

@@ -67,8 +67,8 @@ class SuiteConfig:
         name: Name of a suite.
         num_prompts: How many prompts.
         images_per_prompt: Images of each.
-        measure: The score that methods are compared by; null for "strict", which the suites "shapes" and "geneval" have. The suite "prompts" has
-            its rewards, by name.
+        measure: The score that methods are compared by; null for the suite's own: "strict" of "shapes", "official" of "geneval". The suite "prompts"
+            has its rewards, by name.
         split: Prompts of "shapes" or "geneval".
         detector: Of "geneval".
         clip: Of "geneval".
@@ -90,7 +90,7 @@ class SuiteConfig:
     @property
     def headline(self) -> str:
         """The score that methods are compared by."""
-        return self.measure or "strict"
+        return self.measure or ("official" if self.name == "geneval" else "strict")
 
     def options(self) -> dict[str, Any]:
         """Return the options as the command line knows them."""

@@ -88,15 +88,24 @@ class Drawing:
     height: float = HEIGHT
 
 
-def curve_from_log(rows: Sequence[Mapping[str, Any]], key: str, *, name: str | None = None, x: str = "step") -> Curve:
+def curve_from_log(
+    rows: Sequence[Mapping[str, Any]], key: str, *, name: str | None = None, x: str = "step", half: str | None = None
+) -> Curve:
     """Take a series out of the rows of a run's ``log.jsonl``; rows without it are left out.
+
+    With ``half``, the name of another column, the series has a band of so much on both sides, if all its rows have that column.
 
     Examples:
         >>> curve_from_log([{"step": 1, "loss": 0.5}, {"step": 2}, {"step": 3, "loss": 0.25}], "loss").y
         [0.5, 0.25]
     """
-    found = [(float(row[x]), float(row[key])) for row in rows if row.get(x) is not None and row.get(key) is not None]
-    return Curve(name=name or key, x=[place for place, _ in found], y=[value for _, value in found])
+    found = [row for row in rows if row.get(x) is not None and row.get(key) is not None]
+    places, values = ([float(row[column]) for row in found] for column in (x, key))
+    widths = [float(row[half]) for row in found if row.get(half) is not None] if half is not None else []
+    if not widths or len(widths) < len(values):
+        return Curve(name=name or key, x=places, y=values)
+    low, high = ([value + sign * width for value, width in zip(values, widths, strict=True)] for sign in (-1, 1))
+    return Curve(name=name or key, x=places, y=values, low=low, high=high)
 
 
 def ticks(low: float, high: float, *, num: int = 4) -> list[float]:

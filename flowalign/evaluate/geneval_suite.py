@@ -33,7 +33,7 @@ class GenEvalSuite:
     Attributes:
         judged_by: The detector and the colour namer.
         split: The official prompts; or prompts of the same kinds about seen objects ("train"), objects that training never names ("unseen"),
-            or all of them ("all"), none of the latter asking what an official prompt asks.
+            or all of them ("all"). Prompts of "train" and "all" never ask what an official prompt asks; those of "unseen" may.
         num_prompts: How many; None for all 553 official ones (1000 of another split). Of fewer, the tags have equal shares as far as they go.
         images_per_prompt: How many images each prompt gets; 4 is official.
         seed: Chooses the prompts of the other splits.
@@ -51,6 +51,11 @@ class GenEvalSuite:
         size = "" if self.split == "official" and self.num_prompts in (None, len(official())) else f" of {len(self._records())} prompts"
         split = "" if self.split == "official" else f"/{self.split}"
         return f"geneval{split}{size}, detector {self.judged_by.detector_name}"
+
+    @property
+    def headline(self) -> str:
+        """GenEval's own measure: what is published is the macro mean of it."""
+        return "official"
 
     def _records(self) -> list[dict[str, Any]]:
         if self.split != "official":

@@ -18,7 +18,7 @@ from flowalign.estimators.diversity import group_novelty
 PIXELS = ("brightness", "saturation", "edge_density", "high_frequency")
 DIVERSITY = "diversity"
 NORMS = ("latent_rms", "velocity_rms")  # root mean squares, which the loop measures
-_SIDE = 256  # images are averaged down to at most this many pixels a side: a monitor must cost next to nothing
+_SIDE = 256  # pixels a side of what is looked at: a monitor must cost next to nothing
 _COARSE = 8
 _WINDOW = 5  # steps of the baseline, and of what is compared with it
 _SPREADS = 6.0  # of the baseline's steps; each step is a mean over many images
@@ -29,16 +29,21 @@ _LEAST = 0.1  # a smaller change of a statistic in [0, 1] is no sign, however st
 def features(images: Tensor) -> Tensor:
     """Return for each image its brightness, saturation, edge density, high-frequency energy and 8 x 8 pixels, ``[batch, 196]`` float64.
 
+    Of images above 256 pixels, edges and high frequencies are those of the middle 256 x 256 pixels, the rest is of averages.
+
     High-frequency energy is the share of the variance of luma that a 3 x 3 average removes, in [0, 1]; the other statistics are those of
     :func:`flowalign.evaluate.fidelity.pixel_statistics`.
 
     Args:
         images: ``[batch, 3, h, w]`` in [0, 1].
     """
-    size = (min(images.shape[2], _SIDE), min(images.shape[3], _SIDE))
-    pixels = images.detach().float()
-    pixels = (functional.adaptive_avg_pool2d(pixels, size) if tuple(pixels.shape[2:]) != size else pixels).cpu().double().clamp(0, 1)
-    luma = (pixels * torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)[:, None, None]).sum(1)  # Rec. 709
+    height, width = (min(side, _SIDE) for side in images.shape[2:])
+    whole = images.detach().float()
+    small = functional.adaptive_avg_pool2d(whole, (height, width)) if images.shape[2:] != (height, width) else whole
+    pixels = small.cpu().double().clamp(0, 1)
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    # Texture is lost where pixels are averaged: edges and high frequencies are looked for in the middle, at full resolution.
+    luma = _luma(whole[:, :, top : top + height, left : left + width].cpu().double().clamp(0, 1))
     high, low = pixels.amax(1), pixels.amin(1)
     saturation = torch.where(high > 0, (high - low) / high.clamp(min=1e-12), 0.0)
     right, down = functional.pad(luma.diff(dim=2), (0, 1)), functional.pad(luma.diff(dim=1), (0, 0, 0, 1))
@@ -46,8 +51,13 @@ def features(images: Tensor) -> Tensor:
     smooth = functional.avg_pool2d(functional.pad(luma[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
     variance = luma.flatten(1).var(1, correction=0)
     rough = (luma - smooth).flatten(1).var(1, correction=0) / variance.clamp(min=1e-12)
-    columns = [luma.mean((1, 2)), saturation.mean((1, 2)), edges.mean((1, 2)), rough.clamp(max=1)]
+    columns = [_luma(pixels).mean((1, 2)), saturation.mean((1, 2)), edges.mean((1, 2)), rough.clamp(max=1)]
     return torch.cat([torch.stack(columns, 1), functional.adaptive_avg_pool2d(pixels, _COARSE).flatten(1)], 1)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    """Return luma by Rec. 709, ``[batch, h, w]``."""
+    return (pixels * torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)[:, None, None]).sum(1)
 
 
 def summarise(rows: Tensor, group: Tensor) -> dict[str, float]:

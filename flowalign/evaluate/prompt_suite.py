@@ -35,6 +35,11 @@ class PromptSuite:
         size = "" if self.num_prompts is None or self.num_prompts >= len(self.records) else f" ({self.num_prompts} of {len(self.records)})"
         return f"prompts/{self.title}{size}"
 
+    @property
+    def headline(self) -> str:
+        """No verdict: rewards are named."""
+        return "strict"
+
     def prompts(self) -> list[Prompt]:
         """Return the prompts, each once; a text that occurs again with the same record would be the same prompt."""
         chosen = self.records[: self.num_prompts]

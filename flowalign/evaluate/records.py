@@ -55,12 +55,14 @@ class Evaluation:
         seed: The seed of the noise.
         records: One for each image.
         images: ``[image, 3, h, w]`` in the order of the records, if they were kept: uint8, as saved files hold them, a quarter of floats' memory.
+        headline: The suite's own measure, which comes first and says whether an image passed; records do not carry it.
     """
 
     suite: str
     seed: int
     records: tuple[Record, ...]
     images: Tensor | None = field(default=None, repr=False)
+    headline: Measure = "strict"
 
     def scores(self, measure: Measure = "strict") -> Scores:
         """Return the scores of a measure, with intervals; images whose score could not be computed are left out.
@@ -74,9 +76,18 @@ class Evaluation:
         return bootstrap([value for _, value in valued], [record.id for record, _ in valued], [record.tag for record, _ in valued])
 
     def measures(self) -> tuple[Measure, ...]:
-        """Return the names of the measures that some image has."""
-        names = [*MEASURES, *dict.fromkeys(name for record in self.records for name in record.scores)]
-        return tuple(name for name in names if any(value is not None for value in _values(self.records, name)))
+        """Return the names of the measures that some image has, the headline first."""
+        names = [
+            self.headline,
+            *(name for name in MEASURES if name != self.headline),
+            *dict.fromkeys(name for record in self.records for name in record.scores),
+        ]
+        return tuple(name for name in dict.fromkeys(names) if any(value is not None for value in _values(self.records, name)))
+
+    def passed(self, record: Record) -> bool | None:
+        """Tell whether an image passed by the headline, which is 0 or 1; None where it has none."""
+        value = value_of(record, self.headline)
+        return None if value is None else value >= 1
 
     def tags(self) -> list[str]:
         """Return the tags in the suite's order."""

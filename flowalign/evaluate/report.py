@@ -291,8 +291,8 @@ def comparisons(
                     prompt=base.records[chosen[0]].prompt,
                     base=base.images[chosen],
                     tuned=tuned.images[chosen],
-                    base_passed=[bool(base.records[row].strict) for row in chosen],
-                    tuned_passed=[bool(tuned.records[row].strict) for row in chosen],
+                    base_passed=[bool(base.passed(base.records[row])) for row in chosen],
+                    tuned_passed=[bool(tuned.passed(tuned.records[row])) for row in chosen],
                     further=_third(further, chosen),
                 )
             )
@@ -304,7 +304,7 @@ def _third(further: tuple[str, Evaluation] | None, chosen: Sequence[int]) -> tup
         return None
     name, found = further
     assert found.images is not None
-    return name, found.images[list(chosen)], [bool(found.records[row].strict) for row in chosen]
+    return name, found.images[list(chosen)], [bool(found.passed(found.records[row])) for row in chosen]
 
 
 def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:

@@ -68,6 +68,10 @@ class Suite(Protocol):
     def images_per_prompt(self) -> int:
         """How many images each prompt gets."""
 
+    @property
+    def headline(self) -> str:
+        """Name of the measure that the suite is known by."""
+
     def prompts(self) -> list[Prompt]:
         """Return the prompts, always the same ones."""
 
@@ -97,6 +101,11 @@ class ShapesSuite:
     def name(self) -> str:
         """Return ``shapes/heldout``."""
         return f"shapes/{self.split}"
+
+    @property
+    def headline(self) -> str:
+        """Everything that was asked for."""
+        return "strict"
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts of the split."""
@@ -234,7 +243,8 @@ def run_suite(
         if progress is not None:
             progress(len(records), len(samples))
     assert len({(record.id, record.k) for record in records}) == len(samples), "a sample was judged twice or not at all"
-    return Evaluation(suite=suite.name, seed=seed, records=tuple(records), images=torch.cat(kept) if kept else None)
+    images_of_all = torch.cat(kept) if kept else None
+    return Evaluation(suite=suite.name, seed=seed, records=tuple(records), images=images_of_all, headline=suite.headline)
 
 
 def _batches(samples: Sequence[tuple[Prompt, int]], size: int) -> Iterator[Sequence[tuple[Prompt, int]]]:

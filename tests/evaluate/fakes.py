@@ -18,6 +18,7 @@ class RedSuite:
     texts: Sequence[str]
     images_per_prompt: int = 2
     name: str = "red"
+    headline: str = "strict"
 
     def prompts(self) -> list[Prompt]:
         return [Prompt(id=len(text), text=text, tag=text[0]) for text in self.texts]
