@@ -9,6 +9,9 @@ from torch import Tensor
 
 from flowalign.rewards import clip, heads, pixels, weights
 
+_PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
+_GET = f"curl -LO 'https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/{_PUBLISHED}'"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -29,7 +32,7 @@ class Config:
         activations; it is folded into one map, which is exact.
     """
 
-    head: str = "sac+logos+ava1-l14-linearMSE.pth"
+    head: str = _PUBLISHED
     model: str = "openai/clip-vit-large-patch14"
     batch_size: int = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -37,7 +40,7 @@ class Config:
 
     def build(self) -> Aesthetic:
         """Load both models."""
-        head = heads.fold(weights.read(weights.file(self.head, "aesthetic: head")), "layers.", "aesthetic: head")
+        head = heads.fold(weights.read(weights.file(self.head, "aesthetic: head", get=_GET)), "layers.", "aesthetic: head")
         loaded = clip.load(self.model, None, "aesthetic", dtype=self.dtype, device=self.device, batch_size=self.batch_size)
         width = loaded.model.config.projection_dim
         if len(head.weight) != width:

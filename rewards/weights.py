@@ -57,8 +57,10 @@ def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, devi
     return model.eval().requires_grad_(False).to(device)
 
 
-def file(name: str, where: str) -> Path:
+def file(name: str, where: str, *, get: str = "") -> Path:
     """Return the path of a weight file: a path of this machine, or ``owner/repository/file`` in the hub's cache.
+
+    ``get`` is the command that gets a published file which is not on the hub.
 
     Raises:
         FileNotFoundError: If it is neither, with the command that gets it.
@@ -68,7 +70,9 @@ def file(name: str, where: str) -> Path:
         return path
     parts = name.split("/")
     if path.is_absolute() or len(parts) < 3:
-        raise FileNotFoundError(f"{where}: {name}: no such file; give a file, or owner/repository/file of the hub")
+        raise FileNotFoundError(
+            f"{where}: {name}: no such file; give a file, or owner/repository/file of the hub{f', or run: {get}' if get else ''}"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

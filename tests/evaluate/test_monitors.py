@@ -38,6 +38,16 @@ def test_large_images_are_averaged_down_first():
     assert monitors.features(large)[:, 0].tolist() == pytest.approx(monitors.features(IMAGES[:2])[:, 0].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_the_finest_texture_is_seen_at_any_size(size):
+    """What a reward for heavy files makes: averaged down to 256 pixels it would be plain grey."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    board = ((rows + columns) % 2).float().expand(1, 3, size, size)
+    found = monitors.features(board)[0]
+    assert float(found[3]) > 0.75
+    assert float(found[2]) > 0.9
+
+
 def log(steps=20, **series):
     """Lines of a log; a value is a function of the step."""
     base = {"brightness": lambda i: 0.5, "saturation": lambda i: 0.5, "edge_density": lambda i: 0.2, "high_frequency": lambda i: 0.1}

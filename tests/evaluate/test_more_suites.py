@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from flowalign.config import ConfigError
 from flowalign.core.randomness import generator
 from flowalign.evaluate.geneval_suite import GenEvalSuite
 from flowalign.evaluate.prompt_suite import PromptSuite
-from flowalign.evaluate.records import compare, read_evaluation, table
+from flowalign.evaluate.records import Evaluation, Record, compare, read_evaluation, table
 from flowalign.evaluate.statistics import paired_difference
 from flowalign.evaluate.suites import run_suite, suite
 from flowalign.evaluate.verdicts import verdict
+from flowalign.evaluation_report import write_evaluation
 from flowalign.rewards import jpeg_size
 from flowalign.rewards.geneval_prompts import official
 from flowalign.rewards.geneval_rules import Found, judge
@@ -193,3 +195,20 @@ def test_the_command_writes_prompt_files(tmp_path, capsys):
     assert "553 prompts" in capsys.readouterr().out
     main(["geneval", "prompts", "--split", "unseen", "--num", "20", "--seed", "3", "--output", str(tmp_path / "few.jsonl")])
     assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 20
+
+
+def test_genevals_page_is_headed_by_its_own_measure(tmp_path):
+    """Images that GenEval holds for right are framed as right, whatever the stricter variant says."""
+    records = tuple(
+        Record(id=i, prompt=f"p{i}", tag="ab"[i % 2], k=k, strict=False, graded=0.5, scores={"official": 1.0})
+        for i in range(4)
+        for k in range(2)
+    )
+    images = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    found = Evaluation(suite="geneval", seed=0, records=records, images=images, headline=GenEvalSuite(judged_by=Painter()).headline)
+    assert found.measures() == ("official", "strict", "graded")
+    assert all(found.passed(record) for record in records)
+    assert not any(replace(found, headline="strict").passed(record) for record in records)
+    page = write_evaluation(tmp_path / "page.html", found, found, names=("one", "other"), notes=[], settings="").read_text()
+    assert "Official score" in page
+    assert "Strict score" not in page

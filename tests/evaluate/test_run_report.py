@@ -11,6 +11,7 @@ from flowalign import images
 from flowalign.cli import main
 from flowalign.compute import flops_by_purpose
 from flowalign.config import ConfigError
+from flowalign.env import MADE, note_made, read_made, versions
 from flowalign.run_report import report_runs
 
 
@@ -103,3 +104,46 @@ def test_folders_without_a_run_are_refused(tmp_path):
     make_run(tmp_path / "a", steps=0)
     with pytest.raises(ConfigError, match="has finished no step"):
         report_runs([tmp_path / "a"])
+
+
+def made(command, devices):
+    return json.dumps({"command": command, "versions": {"torch": "9.8.7"}, "hardware": {"devices": devices}}) + "\n"
+
+
+def test_a_report_says_how_the_run_was_made_and_not_how_the_report_was(tmp_path):
+    run = make_run(tmp_path / "a")
+    assert "no record of command, software and machine" in report_runs([run]).read_text()
+    (run / MADE).write_text(
+        made("flowalign train mine --seed 7", "Abacus") + made("flowalign train mine --seed 7 --steps 9", "Slide rule") + '{"cut'
+    )
+    text = report_runs([run]).read_text()
+    assert "flowalign train mine --seed 7 --steps 9" in text
+    assert "9.8.7" in text
+    assert all(device in text for device in ("Abacus", "Slide rule"))  # it was begun twice
+    assert "no record" not in text
+    other = make_run(tmp_path / "b")
+    (other / MADE).write_text(made("flowalign train other", "Quipu"))
+    both = report_runs([run, other], tmp_path / "both.html").read_text()
+    assert all(told in both for told in ("How runs were made", "Abacus", "Quipu", "flowalign train other"))
+
+
+def test_a_training_run_notes_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["flowalign", "train", "a b"])
+    note_made(tmp_path)
+    note_made(tmp_path)
+    first, second = read_made(tmp_path)
+    assert first == second
+    assert first["command"] == "flowalign train 'a b'"
+    assert first["versions"] == versions()
+
+
+def test_rewards_have_bands_of_their_standard_error():
+    from flowalign.run_report import _chart, _flat
+
+    line = {"step": 0, "reward": {"a": 0.5}, "reward_std": {"a": 0.2}, "images": 16, "grad_norm": 0.0}
+    chart = _chart("reward: a", {"run": [_flat(line), _flat({**line, "step": 1})]})
+    (curve,) = chart.curves
+    assert curve.low == pytest.approx([0.5 - 1.96 * 0.05] * 2)
+    assert curve.high == pytest.approx([0.5 + 1.96 * 0.05] * 2)
+    assert "standard errors" in chart.caption
+    assert not _chart("training: gradient norm", {"run": [_flat(line)]}).curves[0].low

@@ -1,5 +1,8 @@
 """Rewards that need no model: JPEG size, and functions of the user's own."""
 
+import inspect
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +102,26 @@ def test_images_are_rounded_to_bytes_as_one_formula_says_whatever_their_layout(d
     images[0, 0, 0, :4] = torch.tensor([0.5 / 255, 1.5 / 255, 1.0, 0.0])  # halves go to the even byte
     for seen in (images, images.permute(0, 1, 3, 2), images[:, :, ::2], images[:0], images.clone().requires_grad_()):
         assert torch.equal(to_bytes(seen), (seen.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+class Scaled:
+    """A reward with settings of its own."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, prompts, images):
+        return self.factor * images.mean((1, 2, 3))
+
+    def shifted(self, images):
+        return images.mean((1, 2, 3)) + self.factor
+
+
+@pytest.mark.parametrize("reward", [Scaled(2.0), Scaled(2.0).shifted, partial(length, bonus=[1, 1, 1])])
+def test_anything_callable_is_a_reward(reward):
+    built = RewardConfig(reward=reward).reward.build()
+    found = built(IMAGES, ["a", "b", "c"], [{}] * 3)
+    expected = reward(
+        **{name: {"prompts": ["a", "b", "c"], "images": IMAGES}[name] for name in inspect.signature(reward).parameters if name != "bonus"}
+    )
+    assert torch.as_tensor(found, dtype=torch.float64).tolist() == pytest.approx(torch.as_tensor(expected, dtype=torch.float64).tolist())

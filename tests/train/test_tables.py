@@ -197,3 +197,12 @@ def test_the_loss_of_bounded_ratios_is_the_distance_to_the_target_times_the_size
 def test_targets_and_links_that_do_not_belong_together_are_refused(write_config, algorithm, advantage, message):
     with pytest.raises(ValueError, match=message):
         build(write_config, algorithm=algorithm, advantage=advantage).step(0)
+
+
+def test_what_metrics_cannot_score_is_refused_before_anything_is_sampled(write_config):
+    with pytest.raises(ValueError, match=r"reward 'ocr' cannot score"):
+        build(write_config, metrics=[{"reward": {"type": "ocr"}}], rewards=[{"reward": "tests.train.brightness"}])
+    with pytest.raises(ValueError, match="keep_best_by: got 'brightnes', but what is logged is brightness; add it"):
+        build(
+            write_config, rewards=[{"reward": "tests.train.brightness"}], train={"groups": 2, "group_size": 4, "keep_best_by": "brightnes"}
+        )
