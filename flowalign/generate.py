@@ -127,7 +127,7 @@ def student_steps(config: RunConfig) -> int | None:
 def run_of(weights: Path) -> Path | None:
     """Find the configuration of the run that weights come from: a run folder, its ``weights``, or a file in there."""
     folder = weights.parent if weights.is_file() else weights
-    run = folder.resolve().parent if folder.name == "weights" else folder
+    run = folder.resolve().parent if folder.name in ("weights", "best_weights") else folder
     return run / "config.yaml" if folder.is_dir() and (run / "config.yaml").is_file() else None
 
 

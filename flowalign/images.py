@@ -26,14 +26,18 @@ def floats(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+class NotFiniteError(FloatingPointError):
+    """Images hold values that are not finite."""
+
+
 def finite(images: Tensor) -> Tensor:
     """Return images as they are.
 
     Raises:
-        FloatingPointError: If a value is not finite: weights that are finite may make such images.
+        NotFiniteError: If a value is not finite: weights that are finite may make such images.
     """
     if not bool(torch.isfinite(images).all()):
-        raise FloatingPointError(
+        raise NotFiniteError(
             "images: hold values that are not finite; the model has diverged, or the decoder's precision is too narrow. Lower train.learning_rate and "
             "resume from the last checkpoint, or take pipeline.dtype bfloat16 or float32"
         )

@@ -24,6 +24,7 @@ from flowalign.evaluate.statistics import paired_difference
 from flowalign.generate import generator_of, student_steps
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, load_config
+from flowalign.suite_options import named_rewards
 from flowalign.train import checkpoint
 from flowalign.train.fit import AVERAGE
 from flowalign.train.journal import write_atomically
@@ -81,6 +82,7 @@ def lcsc(
     num_prompts: int = 64,
     images_per_prompt: int = 1,
     seed: int = 0,
+    reward: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Search for a combination of a run's checkpoints, check it on other prompts, and save it; the command ``flowalign lcsc``.
 
@@ -91,12 +93,14 @@ def lcsc(
         num_prompts: Prompts of the search, and as many others for the check; from the run's own prompts.
         images_per_prompt: Images of each.
         seed: Seed of the search, its noise and the choice of prompts.
+        reward: What combinations are chosen by, as YAML texts; None for the rewards that the run trained on, or where it trained on none, as a
+            distillation does, for all that it measured.
 
     Returns:
         What ``summary.json`` holds.
 
     Raises:
-        ConfigError: If it is no run, or has fewer than two whole checkpoints or four prompts.
+        ConfigError: If it is no run, has fewer than two whole checkpoints or four prompts, or nothing to choose by.
 
     References:
         See `flowalign.core.combinations.search`. Deviation: the metric is the run's reward and not FID, which needs many more images for one value.
@@ -109,8 +113,8 @@ def lcsc(
     config = load_config(str(run / "config.yaml"))
     steps, tables, result = read_checkpoints(run)
     chosen = choose(config.prompts.load(config.seed), num_prompts, seed)
+    rewards = _rewards(config.rewards, reward or ())
     pipeline = config.pipeline.build(device=Accelerator().device, seed=config.seed)
-    rewards = _rewards(config.rewards)
     num_steps = student_steps(config) or pipeline.num_steps
     metric, check = (
         Metric(
@@ -188,11 +192,17 @@ def choose(prompts: Sequence[Prompt], num: int, seed: int) -> tuple[list[Prompt]
     return [distinct[i] for i in order[:num]], [distinct[i] for i in order[num : 2 * num]]
 
 
-def _rewards(entries: Sequence[RewardConfig]) -> list[tuple[NamedReward, float]]:
+def _rewards(entries: Sequence[RewardConfig], named: Sequence[str]) -> list[tuple[NamedReward, float]]:
+    """Return what combinations are chosen by: what the command names, else what the run trained on, else all that it measured alike."""
+    if named:
+        return [(entry, 1.0) for entry in named_rewards(named)]
+    trained = any(entry.weight > 0 for entry in entries)
+    chosen = [(place, entry) for place, entry in enumerate(entries) if entry.weight > 0 or not trained]
+    if not chosen:
+        raise ConfigError("lcsc: the run has no rewards, so nothing says which combination is better; name one, as in --reward clip_score")
     return [
-        (NamedReward(name=f"rewards[{place}]", reward=entry.reward.build(), may_skip=entry.may_skip), entry.weight)
-        for place, entry in enumerate(entries)
-        if entry.weight > 0
+        (NamedReward(name=f"rewards[{place}]", reward=entry.reward.build(), may_skip=entry.may_skip), entry.weight if trained else 1.0)
+        for place, entry in chosen
     ]
 
 

@@ -122,10 +122,10 @@ def _check_prompts(rewards: Sequence[NamedReward], prompts: Sequence[data.Prompt
 def _check_best(config: RunConfig, rewards: Sequence[NamedReward], metrics: Sequence[Metric]) -> None:
     """Refuse to keep the best step by something that will not be logged; a reward with several columns logs ``name/column``."""
     by = config.train.keep_best_by
-    names = [entry if isinstance(entry, str) else entry.name for entry in (*rewards, *metrics)]
+    names = {*(entry if isinstance(entry, str) else entry.name for entry in (*rewards, *metrics)), *monitors.PIXELS, monitors.DIVERSITY}
     if by is not None and by.partition("/")[0] not in names:
         raise ConfigError(
-            f"train.keep_best_by: got {by!r}, but what is logged is {', '.join(sorted(names)) or 'nothing'}; add it under rewards with weight 0, or under "
+            f"train.keep_best_by: got {by!r}, but what is logged is {', '.join(sorted(names))}; add it under rewards with weight 0, or under "
             "metrics"
         )
 

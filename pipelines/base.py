@@ -342,6 +342,11 @@ class FlowPipeline:
         frame, sigmas, one = self.learnt().replay.frame, self.sigmas(num_steps), torch.ones(1)
         return float(frame.state(one, sigmas[0])), float(frame.shown(one, sigmas[-1]))
 
+    @property
+    def known_levels(self) -> tuple[float, float]:
+        """The least noisy and the noisiest level that the denoiser was trained at; 0 and 1 for flows."""
+        return self.learnt().replay.frame.known
+
     def guided(self, family: Family) -> FlowPipeline:
         """Return the same pipeline and roles called with other settings, such as guidance; nothing is copied."""
         view = copy.copy(self)

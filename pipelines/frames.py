@@ -37,6 +37,11 @@ class Frame(Protocol):
         """Return the number in which the denoiser's timestep is affine."""
         ...
 
+    @property
+    def known(self) -> tuple[float, float]:
+        """The least noisy and the noisiest level that the denoiser was trained at."""
+        ...
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -57,6 +62,11 @@ class Flow:
     def clock(self, sigma: Tensor) -> Tensor:
         """Return the noise level."""
         return sigma
+
+    @property
+    def known(self) -> tuple[float, float]:
+        """All of them."""
+        return 0.0, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +108,11 @@ class VariancePreserving:
         low = (torch.searchsorted(levels, sigma.float().contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
         share = (sigma.float() - levels[low]) / (levels[low + 1] - levels[low])
         return low + share.clamp(0, 1)
+
+    @property
+    def known(self) -> tuple[float, float]:
+        """Those of the first and the last training timestep."""
+        return float(self.levels[0]), float(self.levels[-1])
 
 
 def factors(sigma: Tensor) -> tuple[Tensor, Tensor]:

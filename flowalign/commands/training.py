@@ -117,10 +117,19 @@ def add_lcsc(add: Add) -> None:
     lcsc.add_argument("--num-prompts", type=positive, default=64, help="prompts of the search, and as many others for the check")
     lcsc.add_argument("--images-per-prompt", type=positive, default=1, help="images of each prompt")
     lcsc.add_argument("--seed", type=int, default=0, help="seed of search, noise and choice of prompts")
+    lcsc.add_argument(
+        "--reward",
+        action="append",
+        default=None,
+        metavar="TYPE",
+        help="what combinations are chosen by, as 'clip_score' or '{type: clip_score, model: FOLDER}'; the run's own rewards where not given",
+    )
     lcsc.set_defaults(run=_lcsc)
 
 
 def _lcsc(options: argparse.Namespace) -> None:
     from flowalign.lcsc import lcsc
 
-    lcsc(options.folder, **{name: vars(options)[name] for name in ("output", "budget", "num_prompts", "images_per_prompt", "seed")})
+    lcsc(
+        options.folder, **{name: vars(options)[name] for name in ("output", "budget", "num_prompts", "images_per_prompt", "seed", "reward")}
+    )

@@ -180,13 +180,15 @@ class Distiller:
                 columns["guidance"] = guidance_direction(own, guided)
             columns["matching"] = matching_direction(fake, own)
             columns["scale"] = dmd_scale(x0, guided)
+            columns["whole"] = (torch.isfinite(own) & torch.isfinite(guided)).flatten(1).all(1).to(sigma)
         return replace(rows, columns=columns)
 
     def broken(self, rows: Rows) -> dict[str, bool]:
         """Tell whose output is not finite, of what ``look`` added; in the order of blame, for one makes the next one so."""
-        # What the teacher says is in all that follows: the scale is of its samples and the student's, and its blocks are what the discriminator reads.
-        by = {CURRENT: "x0", TEACHER: "scale", DISCRIMINATOR: "logits", FAKE: "matching"}
-        return {player: name in rows.columns and not bool(torch.isfinite(rows[name]).all()) for player, name in by.items()}
+        # What the teacher says is in all that follows: the fake score is compared with it, and its blocks are what the discriminator reads.
+        by = {CURRENT: "x0", TEACHER: "whole", DISCRIMINATOR: "logits", FAKE: "matching"}
+        told = {player: name in rows.columns and not bool(torch.isfinite(rows[name]).all()) for player, name in by.items()}
+        return told | {TEACHER: "whole" in rows.columns and not bool(rows["whole"].all())}
 
     def weigh(self, parts: Sequence[Rows], state: State, reduce: Reduce) -> tuple[list[Rows], State, dict[str, float]]:
         """Weigh every sample alike."""

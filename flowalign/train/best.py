@@ -16,7 +16,7 @@ class Best:
     """Follows a logged value, a mean over the last five steps.
 
     Attributes:
-        by: Name of a reward or metric.
+        by: Name of a reward, metric or monitor.
         recent: Its last values.
         value: The best mean so far; None before five steps.
         step: Number of finished steps when it was reached.
@@ -33,7 +33,7 @@ class Best:
         Raises:
             ValueError: If nothing of this name is logged.
         """
-        known = {**line["reward"], **line.get("metric", {})}
+        known = {**line.get("monitor", {}), **line["reward"], **line.get("metric", {})}
         if self.by not in known:
             raise ValueError(
                 f"train.keep_best_by: got {self.by!r}, but what is logged is {', '.join(sorted(known))}; "

@@ -21,6 +21,7 @@ from flowalign.core.distillation import DISCRIMINATOR, FAKE, Distillation, Pairs
 from flowalign.core.heads import Evidence
 from flowalign.core.ratios import Operation
 from flowalign.estimators import Estimator
+from flowalign.images import NotFiniteError
 from flowalign.train import checkpoint, engines, sharding
 from flowalign.train.best import Best
 from flowalign.train.collect import Collected, Collector, Metric
@@ -323,13 +324,13 @@ class Trainer:
 
     def _check_weights(self, step: int) -> None:
         """Refuse to log and save weights that are not finite, as a rate far too large makes them of a finite gradient."""
-        weights = [weight for player in self.trained.values() for weight in player.parameters]
-        norm = sharding.number(torch.nn.utils.get_total_norm(weights))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {step}: the norm of the weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
-                "Lower train.learning_rate, and resume from the last checkpoint"
-            )
+        for name, player in self.trained.items():
+            norm = sharding.number(torch.nn.utils.get_total_norm(player.parameters))
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step}, player {name!r}: the norm of its weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
+                    f"Lower {_where(name)}.learning_rate, and resume from the last checkpoint"
+                )
 
     def _diverged(self, player: str, step: int, what: str) -> Diverged:
         for other in self.trained.values():
@@ -341,14 +342,17 @@ class Trainer:
             )
         return Diverged(
             f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); it was not updated. "
-            f"Lower {'train' if player == CURRENT else f'algorithm.{player}'}.learning_rate or raise the penalties, and resume from the last checkpoint"
+            f"Lower {_where(player)}.learning_rate or raise the penalties, and resume from the last checkpoint"
         )
 
     # -- run --------------------------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, Any]:
         """Do one step: rollout, scoring and all its updates. Returns the step's log line."""
-        found = self.collect(step)
+        try:
+            found = self.collect(step)
+        except NotFiniteError as error:
+            raise self._diverged(CURRENT, step, "its images hold values that are not finite") from error
         self.may_move = self._may_move()
         logged: list[dict[str, float]] = []
         with self.clock.phase("train"):
@@ -532,6 +536,11 @@ class Trainer:
         else:
             return
         raise NeverReady(f"{what}; the state is saved, more --steps go on")
+
+
+def _where(player: str) -> str:
+    """Say where a player's rate stands in the configuration."""
+    return "train" if player == CURRENT else f"algorithm.{player}"
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -81,17 +81,17 @@ class PairCollector:
                 f"algorithm.student_steps: got {steps}, of which the pipeline's scheduler makes no schedule ({error}); take a divisor of its number of training "
                 'timesteps, such as 1, 2, 4, 5 or 8, and timestep_spacing "trailing"'
             ) from error
-        if len(self.sigmas) != steps + 1 or float(self.sigmas[0]) < _NOISE:
+        least, most = self.pipeline.known_levels
+        if len(self.sigmas) != steps + 1 or float(self.sigmas[0]) < _NOISE * most:
             raise ValueError(
                 f"algorithm.student_steps: the pipeline's schedule of {steps} steps begins at level {float(self.sigmas[0]):.3f} and has "
-                f"{len(self.sigmas) - 1} rungs; a student needs {steps}, the first at noise (at least {_NOISE}). Give the pipeline a scheduler with "
+                f"{len(self.sigmas) - 1} rungs; a student needs {steps}, the first at noise ({most:.3f} for this model). Give the pipeline a scheduler with "
                 'timestep_spacing "trailing"'
             )
         for where, levels in (("levels", self.settings.levels), ("fake.levels", self.settings.fake.levels)):
-            if levels is not None and levels.highest > float(self.sigmas[0]):
-                raise ValueError(
-                    f"algorithm.{where}.highest: got {levels.highest}, but this model knows no level above {float(self.sigmas[0]):.4f}; lower it"
-                )
+            if levels is not None and (levels.highest > most or levels.lowest < least):
+                odd, value = ("highest", levels.highest) if levels.highest > most else ("lowest", levels.lowest)
+                raise ValueError(f"algorithm.{where}.{odd}: got {value}, but this model knows levels from {least:.4f} to {most:.4f} alone")
         self.spread, self.finish = self.pipeline.ends(steps)
         # Under guidance the teacher computes two rows where the student computes one.
         self._rows_of_teacher = self.teacher.rows_per_evaluation // self.pipeline.rows_per_evaluation
@@ -134,6 +134,11 @@ class PairCollector:
             role=REFERENCE,
         )
         self.evaluations["teacher"] += done.evaluations * self._rows_of_teacher
+        if not bool(torch.isfinite(done.x0).all()):
+            raise FloatingPointError(
+                "the teacher's samples are not finite: its weights are broken, or pipeline.dtype is too narrow for its activations; take bfloat16 or float32, "
+                "and check it with flowalign doctor"
+            )
         return done.x0.float().cpu()
 
     def _noise(self, rows: Tensor, prompts: Sequence[PromptLike]) -> Tensor:
@@ -249,7 +254,7 @@ class PairCollector:
         return counted(self.evaluations, names, self.accelerator, self.pipeline.rows_per_evaluation)
 
 
-_NOISE = 0.5  # lowest level that a first rung may have
+_NOISE = 0.98  # share of the noisiest level that a first rung may have at least
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:

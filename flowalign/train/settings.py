@@ -30,7 +30,7 @@ class TrainConfig:
             that the network predicts from it, which costs no pass but is blurred early.
         checkpoint_every: Steps between checkpoints (the last step is always written).
         keep_checkpoints: How many stay.
-        keep_best_by: Name of a reward or metric, best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
+        keep_best_by: Name of a reward, metric or monitor (such as diversity), best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
             five steps is kept, and written to ``best_weights`` at the end; null for none.
         stop_on_alarm: Stop, with the state saved, at the first alarm: a sign of reward hacking, or of a student that falls apart.
         sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.

@@ -15,6 +15,7 @@ from flowalign.config import ConfigError
 from flowalign.core.algorithm import Update
 from flowalign.core.ratios import identity
 from flowalign.evaluation import evaluate
+from flowalign.generate import open_model
 from flowalign.lcsc import lcsc
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config
@@ -329,6 +330,25 @@ def test_checkpoints_of_a_student_are_combined_by_what_it_makes_in_its_own_steps
     assert '"denoising_steps": 1' in (output / "lcsc" / "search.jsonl").read_text()
 
 
+def test_checkpoints_of_a_run_without_trained_rewards_need_something_to_be_chosen_by(write_config):
+    path = settings(write_config, steps=3, algorithm={"warmup_steps": 3}, train={**SMALL, "keep_checkpoints": 3})
+    run_training(load_config(str(path)))
+    output = load_config(str(path)).output
+    with pytest.raises(ConfigError, match="the run has no rewards, .*--reward clip_score"):
+        lcsc(output, budget=3, num_prompts=4)
+    assert lcsc(output, budget=3, num_prompts=4, reward=["jpeg_size"])
+
+
+def test_the_best_student_is_sampled_in_its_own_steps(write_config, model):
+    rewards = [{"reward": {"type": "shapes", "strict": 0.0}, "weight": 0}]
+    train = {**SMALL, "keep_best_by": "diversity"}
+    path = settings(write_config, steps=6, algorithm={"warmup_steps": 6}, rewards=rewards, train=train)
+    run_training(load_config(str(path)))
+    output = load_config(str(path)).output
+    for place in ("weights", "best_weights"):
+        assert open_model(str(model), output / place)[1].num_steps == 1
+
+
 def test_a_guided_teacher_is_asked_with_and_without_guidance(write_config):
     built = build(write_config, algorithm={"guidance_scale": 3.0, "least_steps": 1})
     assert built.teacher.rows_per_evaluation == 2
@@ -429,22 +449,39 @@ def test_the_penalty_of_a_discriminator_takes_a_third_early_pass(write_config):
     assert built.step(0)["evaluations"]["taps"] == 2 * 3 * 4
 
 
-def test_a_teacher_that_is_not_finite_is_named_and_not_the_critics(write_config):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_not_finite_is_named_and_not_the_critics(write_config, value):
     built = build(write_config, algorithm={"least_steps": 1})
     found = built.collect(0)
-    with torch.no_grad():
-        built.pipeline.denoiser.proj_out.weight.fill_(float("nan"))  # as float16 overflows; behind the taps and in every role
     rows = built.algorithm.rows(found.experience, Update(seed=0, step=1, index=built.algorithm.num_updates - 1))
-    honest = found.velocity
 
     def velocity(x, sigma, sample, role):
-        # The student's own output is whole, as with other weights.
-        return torch.zeros_like(x) if role == "current" else honest(x, sigma, sample, role)
+        said = found.velocity(x, sigma, sample, role)
+        return torch.full_like(said, value) if role == "reference" else said  # as half precision overflows
 
     with torch.no_grad():
         rows = built.algorithm.look(rows, velocity)
     with pytest.raises(FloatingPointError, match=r"step 1, the frozen teacher: its output is not finite .*pipeline.dtype"):
         built._check_outputs([rows], 1)
+
+
+def test_samples_of_a_broken_teacher_are_not_kept(write_config):
+    built = build(write_config)
+    with torch.no_grad():
+        built.pipeline.denoiser.proj_out.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the teacher's samples are not finite"):
+        built.collector.prepare()
+    assert not list(built.collector.folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("player", ["fake", "discriminator", "current"])
+def test_weights_that_a_step_breaks_name_their_player(write_config, player):
+    built = build(write_config)
+    with torch.no_grad():
+        built.trained[player].parameters[0].fill_(math.inf)
+    where = "train" if player == "current" else f"algorithm.{player}"
+    with pytest.raises(FloatingPointError, match=rf"step 3, player '{player}': the norm of its weights is .*Lower {where}.learning_rate"):
+        built._check_weights(3)
 
 
 def test_no_block_behind_the_last_tap_is_called_for_the_critics(write_config):

@@ -91,7 +91,11 @@ def test_what_is_trained_at_the_last_rung_is_what_the_pipeline_decodes(prompts, 
         (["--pipeline.timestep_spacing", "leading"], r'schedule of 1 steps begins at level 0\.\d+ .*timestep_spacing "trailing"'),
         (["--algorithm.student_steps", "3"], r"algorithm.student_steps: got 3, .*take a divisor of its number of training timesteps"),
         (["--algorithm.student_steps", "1001"], r"algorithm.student_steps: got 1001, .*take a divisor of its number of training timesteps"),
-        (["--algorithm.levels.highest", "0.98"], r"levels.highest: got 0.98, but this model knows no level above 0.93"),
+        (["--algorithm.levels.highest", "0.98"], r"levels.highest: got 0.98, but this model knows levels from 0.028\d to 0.936\d alone"),
+        (["--algorithm.levels.lowest", "0.001"], r"levels.lowest: got 0.001, but this model knows levels from 0.028\d"),
+        (["--algorithm.fake.levels", "{lowest: 0.001}"], r"fake.levels.(highest|lowest): got 0.\d+, but this model knows"),
+        (["--pipeline.timestep_spacing", "leading", "--algorithm.student_steps", "2"], r"schedule of 2 steps begins at level 0\.6\d+"),
+        (["--pipeline.timestep_spacing", "leading", "--algorithm.student_steps", "4"], r"schedule of 4 steps begins at level 0\.\d+"),
     ],
 )
 def test_levels_that_a_student_cannot_begin_at_or_a_model_does_not_know_are_refused(prompts, flags, message):
