@@ -15,7 +15,7 @@ from flowalign.core.distribution_matching import (
     push,
     regress,
 )
-from flowalign.core.divergences import names, weight
+from flowalign.core.divergences import generator, names, weight
 from flowalign.core.paths import interpolate, velocity_to_score, vp_sigma, x0_to_velocity
 from flowalign.core.ratios import RatioWeights, density_weights, start_calibration
 from flowalign.core.worlds import GaussianWorld
@@ -152,6 +152,24 @@ def test_pushing_by_exact_predictions_is_the_gradient_of_the_noised_divergence(w
     h = weight(name, teacher.log_prob(x, sigma) - student.log_prob(x, sigma))
     (push(x0, direction, h * exact_scale(sigma, x0)) * density).sum().backward()
     assert (mean.grad.item(), std.grad.item()) == pytest.approx(NOISED[world][name], abs=1e-7)
+
+
+# The divergences themselves at sigma 0.6, in the order of the names above.
+NOISED_VALUES = {
+    (0, 1, 1, 1.5): (0.18344265, 0.10990241, 0.07354024, 0.03810290, 0.13493342, 0.31837607),
+    (1, 2, -1, 1): (0.40696323, None, 0.22414435, 0.12324383, 0.74995984, 1.15692308),
+}
+
+
+@pytest.mark.parametrize("world", NOISED_VALUES)
+def test_noised_divergences_have_the_specifications_values(world):
+    sigma, x = 0.6, torch.linspace(-30, 30, 30_001, dtype=torch.float64)
+    teacher, student = GaussianWorld(float(world[0]), float(world[1])), GaussianWorld(float(world[2]), float(world[3]))
+    log_p, log_q = (law.log_prob(x[:, None], torch.full((len(x),), sigma, dtype=torch.float64)) for law in (teacher, student))
+    for name, expected in zip(NOISED[(0, 1, 1, 1.5)], NOISED_VALUES[world], strict=True):
+        if expected is not None:
+            found = float((log_q.exp() * generator(name, (log_p - log_q).clamp(-600, 600))).sum() * (x[1] - x[0]))
+            assert found == pytest.approx(expected, abs=1e-7), name
 
 
 @pytest.mark.parametrize("name", list(FIXED_POINTS))
