@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from flowalign.core.kernels import gaussian_log_prob
 from flowalign.core.plans import chain, ode
 from flowalign.data import Prompt
 from flowalign.estimators import recipe
+from flowalign.model_settings import settings_for
 from flowalign.pipelines import parity
-from flowalign.pipelines.parity import Finding, Subject
+from flowalign.pipelines.parity import Finding, Subject, attempt
 from flowalign.train.fit import Trainer
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
@@ -30,38 +32,61 @@ CLIP = 1e-4  # Flow-GRPO's clip range of a mean log-ratio: what a gap is compare
 SANITY_STEPS = 3
 
 
-def examine(model: str, *, num_steps: int = 4, num_images: int = 2) -> bool:
+def examine(model: str, *, num_steps: int = 4, num_images: int = 2, fields: Sequence[str] = ()) -> bool:
     """Check a model and print a table of verdicts; the command ``flowalign doctor``.
 
     Args:
-        model: Folder, hub id or "shapes".
+        model: Folder, hub id, "shapes", or a run's configuration.
         num_steps: Denoising steps of every rollout; of the numbers up to 10, only 4 and 5 have a grid under every spacing of DDIM.
         num_images: Images of the measured rollout.
+        fields: ``--pipeline.KEY VALUE`` arguments.
 
     Returns:
         Whether everything that can fail passed.
     """
-    from flowalign.pipelines.choose import settings_of
-
-    settings = settings_of(model)
-    device = Accelerator().device
+    settings = settings_for(model, fields, said_by={"model": "MODEL", "num_steps": "--num-steps"})
     began = time.perf_counter()
-    flow = settings.build(device=device)
-    loaded = time.perf_counter() - began
-    print(f"{model}: {type(flow.pipe).__name__} on {flow.device}, {str(flow.dtype).removeprefix('torch.')}, loaded in {loaded:.1f} s\n")
-    passed = True
-    for finding in examinations(flow, num_steps=num_steps, num_images=num_images):
-        passed = passed and finding.passed
-        print(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check.ljust(40)}  {finding.found}", flush=True)
+    print(f"{model}\n")
+    loaded, flow = load(settings)
+    passed = _tell(loaded)
+    for finding in () if flow is None else examinations(flow, num_steps=num_steps, num_images=num_images):
+        passed = _tell(finding) and passed
     print(f"\n{'all checks passed' if passed else 'a check failed'} ({time.perf_counter() - began:.0f} s)")
     return passed
 
 
+def _tell(finding: Finding) -> bool:
+    print(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check.ljust(40)}  {finding.found}", flush=True)
+    return finding.passed
+
+
+def load(settings: Any) -> tuple[Finding, Any]:
+    """Build a model; None in its place if that fails, with the reason among the findings."""
+    built: list[Any] = []
+
+    def build() -> Finding:
+        began = time.perf_counter()
+        built.append(settings.build(device=Accelerator().device))
+        made = f"{type(built[0].pipe).__name__} on {built[0].device}, {str(built[0].dtype).removeprefix('torch.')}"
+        return Finding(check="loading", passed=True, found=f"{made}, {time.perf_counter() - began:.1f} s")
+
+    return attempt("loading", build), built[0] if built else None
+
+
 def examinations(flow: Any, *, num_steps: int, num_images: int) -> Iterator[Finding]:
     """Run every examination; one that raises is a failure with its reason."""
-    yield from parity.findings(flow, num_steps=num_steps)
-    it = parity.subject(flow, num_steps=num_steps)
+    subjects: list[Subject] = []
+
+    def watch() -> Finding:
+        subjects.append(parity.subject(flow, num_steps=num_steps))
+        return Finding(check="recording", passed=True, found=f"latents {list(flow.event_shape)}, {num_steps} steps")
+
+    yield attempt("recording", watch)
+    if not subjects:
+        return  # every further check begins with latents of the right shape
+    it = subjects[0]
     checks: dict[str, Callable[[], Finding]] = {
+        **{name: partial(check, it) for name, check in parity.CHECKS.items()},
         "ratio gap before the first update": lambda: ratio_gap(it),
         "autoencoder round trip": lambda: autoencoder(it),
         "LoRA file round trip": lambda: files(it),
@@ -70,13 +95,7 @@ def examinations(flow: Any, *, num_steps: int, num_images: int) -> Iterator[Find
         "sanity run on JPEG size": lambda: sanity_run(flow),
     }
     for name, check in checks.items():
-        try:
-            yield check()
-        except torch.OutOfMemoryError as error:
-            advice = "use dtype bfloat16, a smaller size, gradient_checkpointing: true, or smaller batches"
-            yield Finding(check=name, passed=False, found=f"out of memory ({str(error).splitlines()[0]}); {advice}")
-        except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-            yield Finding(check=name, passed=False, found=f"{type(error).__name__}: {error}")
+        yield attempt(name, check)
 
 
 def ratio_gap(it: Subject) -> Finding:
