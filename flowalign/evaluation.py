@@ -107,7 +107,8 @@ def _other(settings: ModelConfig, model: str, name: str, like: FlowPipeline) -> 
     """Build what a model is compared with, with the same settings: a comparison is of weights, not of guidance or sizes."""
     weights = lora_files.weights_of(Path(name))
     if not lora_files.holds_lora(weights):
-        return replace(settings, model=str(weights) if weights.is_dir() else name, lora=None).build(device=like.device)
+        variant = None if run_of(weights) else settings.variant  # a run writes plain files
+        return replace(settings, model=str(weights) if weights.is_dir() else name, lora=None, variant=variant).build(device=like.device)
     rank, alpha, targets = lora_files.settings(weights)
     built = replace(settings, model=model, lora=LoRA(rank=rank, alpha=alpha, targets=targets)).build(device=like.device)
     built.load_lora(weights)

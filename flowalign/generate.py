@@ -113,6 +113,8 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None, f
     config = None if run is None else load_config(str(run))
     settings = settings_of(model) if config is None else config.pipeline
     own = settings.num_steps if config is None else student_steps(config) or settings.num_steps
+    if lora is None and run is not None:
+        settings = replace(settings, variant=None)  # the base's; a run writes plain files
     settings = replace(override(settings, fields, said_by=_SAID_BY), model=model, lora=None, num_steps=num_steps or own)
     if lora is None:
         return settings, settings.build(device=Accelerator().device)
