@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,10 @@ from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
 
 CLIP = 1e-4  # Flow-GRPO's clip range of a mean log-ratio: what a gap is compared with
+# In half precision a row rounds otherwise in another batch: 4e-4 at most on the shapes model in bfloat16, of which this is ten times.
+HALF_GAP = 5e-3
+# Random autoencoders reach 12 to 14 dB, that of the shapes model 46 in float32 and in bfloat16.
+LEAST_PSNR = 20.0
 SANITY_STEPS = 3
 
 
@@ -117,13 +122,13 @@ def ratio_gap(it: Subject) -> Finding:
     each = ", ".join(f"{gap:.1e}" for gap in gaps)
     return Finding(
         check="ratio gap before the first update",
-        passed=it.flow.dtype != torch.float32 or max(gaps) < CLIP,
+        passed=max(gaps) < (CLIP if it.flow.dtype == torch.float32 else HALF_GAP),
         found=f"{each} by step, in other batches{'' if max(gaps) < CLIP else f'; above a clip of {CLIP:g}: train in the batch of the rollout'}",
     )
 
 
 def autoencoder(it: Subject) -> Finding:
-    """Encode decoded images and decode them again."""
+    """Encode decoded images and decode them again; what is lost is small for an autoencoder that was trained."""
     name = "autoencoder round trip"
     images = it.flow.decode(it.run(ode(it.num_steps)).x0)
     vae = it.flow.pipe.vae
@@ -134,9 +139,13 @@ def autoencoder(it: Subject) -> Finding:
         latents = coded if isinstance(coded, Tensor) else coded.mode()
         again = vae.decode(latents, return_dict=False)[0]
     again = ((again.squeeze(2) if is_video else again).float() / 2 + 0.5).clamp(0, 1)
-    error = float((again - images).square().mean().clamp(min=1e-12))
-    finite = bool(torch.isfinite(again).all())
-    return Finding(check=name, passed=finite, found=f"PSNR {-10 * torch.tensor(error).log10():.1f} dB" if finite else "not finite")
+    if not torch.isfinite(again).all():
+        return Finding(check=name, passed=False, found="not finite")
+    psnr = float(-10 * (again - images).square().mean().clamp(min=1e-12).log10())
+    found = (
+        f"PSNR {psnr:.1f} dB{'' if psnr >= LEAST_PSNR else f', needed {LEAST_PSNR:.0f}: are its weights loaded, and does its scaling fit?'}"
+    )
+    return Finding(check=name, passed=psnr >= LEAST_PSNR, found=found)
 
 
 def files(it: Subject) -> Finding:
@@ -148,13 +157,17 @@ def files(it: Subject) -> Finding:
             with torch.no_grad():
                 for value in roles.trainable_parameters():
                     value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value))
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             it.flow.save(Path(place) / "weights")
             size = sum(path.stat().st_size for path in (Path(place) / "weights").rglob("*.safetensors"))
     finally:
         roles.load("current", before)
+    unchecked = [str(warning.message) for warning in told if "not checked" in str(warning.message)]
     return Finding(
-        check="LoRA file round trip" if roles.lora else "weights round trip", passed=True, found=f"{size / 2**20:.1f} MB, same pixels"
+        check="LoRA file round trip" if roles.lora else "weights round trip",
+        passed=not unchecked,
+        found=f"{size / 2**20:.1f} MB, {unchecked[0] if unchecked else 'same pixels'}",
     )
 
 
@@ -171,7 +184,7 @@ def memory(pipe: Any) -> Finding:
 
 
 def speed(it: Subject, num_images: int) -> Finding:
-    """Time one rollout, and one forward and backward pass of as many samples."""
+    """Time one rollout, and one update of as many samples: forward, backward and the optimizer's step."""
     flow = it.flow
     cond = flow.encode([parity.PROMPT] * num_images)
     x = torch.randn(num_images, *flow.event_shape, generator=torch.Generator().manual_seed(0)).to(flow.device)
@@ -184,14 +197,18 @@ def speed(it: Subject, num_images: int) -> Finding:
         _wait(flow.device)
         return time.perf_counter() - began
 
+    optimizer = torch.optim.AdamW(flow.roles.trainable_parameters(), lr=0.0)  # the same work, and the weights stay
+
     def update() -> None:
         flow.velocity(x, torch.tensor(0.5), cond).square().mean().backward()
-        for parameter in flow.roles.trainable_parameters():
-            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
 
     rollout = timed(lambda: flow.decode(flow.rollout(cond, ode(it.num_steps), x_init=x, noise=it.draws).x0))
-    backward = timed(update)
-    found = f"{num_images / rollout:.2f} images/s of {it.num_steps} steps, decoded; {num_images / backward:.2f} rows/s forward and backward"
+    updated = timed(update)
+    found = (
+        f"{num_images / rollout:.2f} images/s of {it.num_steps} steps, decoded; {num_images / updated:.2f} rows/s of an update with AdamW"
+    )
     return Finding(check="speed", passed=True, found=found)
 
 
@@ -218,6 +235,8 @@ class JpegSize:
 
 def sanity_run(flow: Any) -> Finding:
     """Train a few steps of AWM on the size of the images as JPEG; the weights must move and stay finite. Gains need longer runs."""
+    if flow.dtype == torch.float16:
+        return Finding(check="sanity run on JPEG size", passed=True, found="left out: float16 is not trained in (use bfloat16)")
     prompts = [Prompt(uid=i, text=text, metadata={}, where="doctor") for i, text in enumerate((parity.PROMPT, "a blue square"))]
     with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(
