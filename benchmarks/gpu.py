@@ -1,10 +1,11 @@
 """Speed of rollout and training on one GPU: transformers of the sizes of SD 3.5 Medium and FLUX.1 with random weights, 512 pixels, bfloat16.
 
 Every number is of whole training steps of the real loop. Cells are AWM and Flow-GRPO, eager and with compiled blocks; each prints its row when it is done,
-and no cell begins after ``--limit`` seconds.
+and no cell begins after ``--limit`` seconds, so that the whole takes that long and at most one cell more. A cell that runs out of memory says so, and the
+others go on; the file of all numbers is written anew after every cell.
 
-    python -m benchmarks.gpu                       # one GPU with 80 GB, under eight minutes
-    python -m benchmarks.gpu --models sd35m        # 24 GB
+    python -m benchmarks.gpu                       # one GPU with 80 GB: FLUX alone is 24 GB of weights
+    python -m benchmarks.gpu --models sd35m        # guided Flow-GRPO recomputes activations; how small a GPU does is unmeasured
     python -m benchmarks.gpu --profile             # and where the time of each cell's last step goes
     python -m benchmarks.gpu --smoke               # the same code on a CPU, tiny
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import tempfile
 import time
@@ -23,16 +25,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from benchmarks.random_models import pipeline
 from flowalign import run
 from flowalign.algorithms import flow_grpo
 from flowalign.env import hardware, versions
@@ -41,46 +35,7 @@ from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, load_config
 from flowalign.train.journal import read_log
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALGORITHMS = ("awm", "flow_grpo")
-# The published configurations (transformer/config.json of stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev).
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-# What --smoke makes of them.
-TINY_SD3 = {
-    "num_layers": 2,
-    "num_attention_heads": 1,
-    "caption_projection_dim": 64,
-    "dual_attention_layers": (0,),
-    "pos_embed_max_size": 16,
-}
-TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8)}
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
-TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,55 +59,6 @@ SMOKE = Size(groups=2, group_size=2, rollout_batch_size=4, micro_batch_size=4, p
 def brightness(prompts: list[str], images: torch.Tensor) -> list[float]:
     """Reward: the mean of all pixels; it costs nothing, so that only the network and the autoencoder are measured."""
     return images.float().mean((1, 2, 3)).tolist()
-
-
-def pipeline(model: str, *, smoke: bool) -> Any:
-    """Build a pipeline of random weights; text encoders have one layer, but the sizes that the transformer reads."""
-    clip = CLIPTokenizer(
-        vocab={
-            token: i for i, token in enumerate([*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"])
-        },
-        merges=[],
-        model_max_length=77,
-    )
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *((letter, -8.0) for letter in LETTERS)]
-    t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-    long = T5EncoderModel(T5Config(vocab_size=len(t5), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=1, dropout_rate=0.0))
-
-    def short(width: int) -> CLIPTextConfig:
-        sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return CLIPTextConfig(vocab_size=len(clip), max_position_embeddings=77, bos_token_id=52, eos_token_id=53, pad_token_id=53, **sizes)
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-        **(TINY_VAE if smoke else VAE),
-    )
-    if model == "flux":
-        return FluxPipeline(
-            transformer=FluxTransformer2DModel(**FLUX_DEV | (TINY_FLUX if smoke else {})),
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-            vae=vae,
-            text_encoder=CLIPTextModel(short(768)),
-            tokenizer=clip,
-            text_encoder_2=long,
-            tokenizer_2=t5,
-        )
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**SD35_MEDIUM | (TINY_SD3 if smoke else {})),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(short(768)),
-        tokenizer=clip,
-        text_encoder_2=CLIPTextModelWithProjection(short(1280)),
-        tokenizer_2=clip,
-        text_encoder_3=long,
-        tokenizer_3=t5,
-    )
 
 
 def configuration(model: str, algorithm: str, folder: Path, *, smoke: bool) -> RunConfig:
@@ -181,7 +87,9 @@ def configuration(model: str, algorithm: str, folder: Path, *, smoke: bool) -> R
     if algorithm == "awm":
         return config
     # Flow-GRPO's own: 10 guided steps of SD 3.5, 6 of FLUX with its embedded guidance.
-    settings = replace(config.pipeline, **({"num_steps": 10, "guidance_scale": 4.5} if model == "sd35m" else {"num_steps": 6}))
+    # Guidance doubles the rows of a backward pass: all their activations of 24 blocks are too much even for 80 GB.
+    guided = {"num_steps": 10, "guidance_scale": 4.5, "gradient_checkpointing": True}
+    settings = replace(config.pipeline, **(guided if model == "sd35m" else {"num_steps": 6}))
     return replace(config, pipeline=settings, algorithm=flow_grpo.Config(kl_penalty=0.004))
 
 
@@ -252,7 +160,13 @@ def main() -> None:
     if not options.smoke and not torch.cuda.is_available():
         parser.error("no GPU here; --smoke runs the same code on the CPU with tiny sizes")
     device, dtype = ("cpu", torch.float32) if options.smoke else ("cuda", torch.bfloat16)
-    began, cells = time.perf_counter(), []
+    began = time.perf_counter()
+    cells: list[dict[str, Any]] = []
+
+    def write() -> None:
+        about = {"smoke": options.smoke, "seconds": time.perf_counter() - began, "hardware": hardware(), "versions": versions()}
+        options.output.write_text(json.dumps({**about, "cells": cells}, indent=1))
+
     print(
         f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU, tiny sizes'}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}\n"
     )
@@ -260,36 +174,60 @@ def main() -> None:
         "| model | algorithm | blocks | images/s in rollout | rows/s in training | steps/s | peak GiB | use in rollout | in training | in all |"
     )
     print("|---" * 10 + "|", flush=True)
+    write()
     for model in options.models:
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                pipe = pipeline(model, smoke=options.smoke)
-        finally:
-            torch.set_default_dtype(before)
-        pipe.vae.enable_slicing()
-        for way in options.ways:
-            if way == "compiled":
-                economy.compile_blocks(pipe.transformer, **({"backend": "eager"} if options.smoke else {}))
-            for algorithm in options.algorithms:
-                if time.perf_counter() - began > options.limit:
-                    print(f"| {model} | {algorithm} | {way} | not begun: {options.limit:.0f} s are over |" + " |" * 6, flush=True)
-                    continue
-                with tempfile.TemporaryDirectory() as place:
-                    config = configuration(model, algorithm, Path(place), smoke=options.smoke)
-                    if config.pipeline.gradient_checkpointing:
-                        pipe.transformer.enable_gradient_checkpointing()
-                    found = measure(pipe, config, steps=options.steps, profile=options.profile)
-                cells.append({"model": model, "algorithm": algorithm, "blocks": way, **found})
-                print(row(model, algorithm, way, found), flush=True)
+        pipe: Any = None
+        for way, algorithm in ((way, algorithm) for way in options.ways for algorithm in options.algorithms):
+            name = {"model": model, "algorithm": algorithm, "blocks": way}
+            if time.perf_counter() - began > options.limit:
+                print(_unmeasured(name, f"not begun: {options.limit:.0f} s are over"), flush=True)
+                continue
+            try:
+                pipe = pipe or _make(model, device, dtype, smoke=options.smoke)
+                found = _cell(pipe, name, options)
+            except torch.OutOfMemoryError as error:
+                found = {"failed": f"out of memory: {str(error).partition(chr(10))[0]}"}
+                pipe = None  # what the cell left on it is in the way of the next
+            cells.append({**name, **found})
+            print(_unmeasured(name, found["failed"]) if "failed" in found else row(model, algorithm, way, found), flush=True)
+            write()
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
         del pipe
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    about = {"smoke": options.smoke, "seconds": time.perf_counter() - began, "hardware": hardware(), "versions": versions()}
-    options.output.write_text(json.dumps({**about, "cells": cells}, indent=1))
+    write()
     print(f"\n{time.perf_counter() - began:.0f} s; all numbers in {options.output}")
+
+
+def _make(model: str, device: str, dtype: torch.dtype, *, smoke: bool) -> Any:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            pipe = pipeline(model, smoke=smoke)
+    finally:
+        torch.set_default_dtype(before)
+    pipe.vae.enable_slicing()
+    return pipe
+
+
+def _cell(pipe: Any, name: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    is_compiled = economy.blocks(pipe.transformer)[0]._compiled_call_impl is not None
+    if name["blocks"] == "compiled" and not is_compiled:
+        economy.compile_blocks(pipe.transformer, **({"backend": "eager"} if options.smoke else {}))
+    with tempfile.TemporaryDirectory() as place:
+        config = configuration(name["model"], name["algorithm"], Path(place), smoke=options.smoke)
+        # The pipeline is shared by the cells of a model, so that what one switched on must be switched off for the next.
+        if config.pipeline.gradient_checkpointing:
+            pipe.transformer.enable_gradient_checkpointing()
+        else:
+            pipe.transformer.disable_gradient_checkpointing()
+        return measure(pipe, config, steps=options.steps, profile=options.profile)
+
+
+def _unmeasured(name: dict[str, str], reason: str) -> str:
+    return f"| {' | '.join(name.values())} | {reason} |" + " |" * 6
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from flowalign.commands import measuring, tools, training
+from flowalign.commands import measuring, take_pipeline_fields, tools, training
 
 COMMANDS = (
     training.add_demo,
@@ -53,13 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; fields of a configuration are left as they stand, in ``fields``."""
     parser = _parser()
-    options, unknown = parser.parse_known_args(arguments)
+    words, fields = take_pipeline_fields(words)
+    options, unknown = parser.parse_known_args(words)
     if unknown and not options.takes_fields:  # otherwise they are fields of a configuration
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.fields = unknown
+    options.fields = [*fields, *unknown]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors that a user can mend print one message and exit with 2, Ctrl-C exits with 130."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     sys.path.append(os.getcwd())  # so that `type: my_package.my_reward` finds a module of the folder one works in
     try:
         options.run(options)
@@ -70,4 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1":
             raise
         print(f"flowalign: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        import torch
+
+        from flowalign.train.memory import advise
+
+        if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1" or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"flowalign: {advise(error)}", file=sys.stderr)
         sys.exit(2)

@@ -166,7 +166,7 @@ def _decode_plain(kind: Any, data: Any, where: str) -> Any:
             raise ConfigError(f"{where}: needs {len(arguments)} values, got {len(data)}")
         inner = arguments[0] if origin is list or arguments[-1:] == (...,) else None
         return origin(decode(inner or arguments[i], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if origin is dict or kind is dict:
+    if dict in (origin, kind) or origin is Mapping:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: needs a mapping, got {data!r}")
         return dict(data)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +22,76 @@ from flowalign.core.kernels import gaussian_log_prob
 from flowalign.core.plans import chain, ode
 from flowalign.data import Prompt
 from flowalign.estimators import recipe
+from flowalign.model_settings import settings_for
 from flowalign.pipelines import parity
-from flowalign.pipelines.parity import Finding, Subject
+from flowalign.pipelines.parity import Finding, Subject, attempt
 from flowalign.train.fit import Trainer
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
 
 CLIP = 1e-4  # Flow-GRPO's clip range of a mean log-ratio: what a gap is compared with
+# In half precision a row rounds otherwise in another batch: 4e-4 at most on the shapes model in bfloat16, of which this is ten times.
+HALF_GAP = 5e-3
+# Random autoencoders reach 12 to 14 dB, that of the shapes model 46 in float32 and in bfloat16.
+LEAST_PSNR = 20.0
 SANITY_STEPS = 3
 
 
-def examine(model: str, *, num_steps: int = 4, num_images: int = 2) -> bool:
+def examine(model: str, *, num_steps: int = 4, num_images: int = 2, fields: Sequence[str] = ()) -> bool:
     """Check a model and print a table of verdicts; the command ``flowalign doctor``.
 
     Args:
-        model: Folder, hub id or "shapes".
+        model: Folder, hub id, "shapes", or a run's configuration.
         num_steps: Denoising steps of every rollout; of the numbers up to 10, only 4 and 5 have a grid under every spacing of DDIM.
         num_images: Images of the measured rollout.
+        fields: ``--pipeline.KEY VALUE`` arguments.
 
     Returns:
         Whether everything that can fail passed.
     """
-    from flowalign.pipelines.choose import settings_of
-
-    settings = settings_of(model)
-    device = Accelerator().device
+    settings = settings_for(model, fields, said_by={"model": "MODEL", "num_steps": "--num-steps"})
     began = time.perf_counter()
-    flow = settings.build(device=device)
-    loaded = time.perf_counter() - began
-    print(f"{model}: {type(flow.pipe).__name__} on {flow.device}, {str(flow.dtype).removeprefix('torch.')}, loaded in {loaded:.1f} s\n")
-    passed = True
-    for finding in examinations(flow, num_steps=num_steps, num_images=num_images):
-        passed = passed and finding.passed
-        print(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check.ljust(40)}  {finding.found}", flush=True)
+    print(f"{model}\n")
+    loaded, flow = load(settings)
+    passed = _tell(loaded)
+    for finding in () if flow is None else examinations(flow, num_steps=num_steps, num_images=num_images):
+        passed = _tell(finding) and passed
     print(f"\n{'all checks passed' if passed else 'a check failed'} ({time.perf_counter() - began:.0f} s)")
     return passed
 
 
+def _tell(finding: Finding) -> bool:
+    print(f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check.ljust(40)}  {finding.found}", flush=True)
+    return finding.passed
+
+
+def load(settings: Any) -> tuple[Finding, Any]:
+    """Build a model; None in its place if that fails, with the reason among the findings."""
+    built: list[Any] = []
+
+    def build() -> Finding:
+        began = time.perf_counter()
+        built.append(settings.build(device=Accelerator().device))
+        made = f"{type(built[0].pipe).__name__} on {built[0].device}, {str(built[0].dtype).removeprefix('torch.')}"
+        return Finding(check="loading", passed=True, found=f"{made}, {time.perf_counter() - began:.1f} s")
+
+    return attempt("loading", build), built[0] if built else None
+
+
 def examinations(flow: Any, *, num_steps: int, num_images: int) -> Iterator[Finding]:
     """Run every examination; one that raises is a failure with its reason."""
-    yield from parity.findings(flow, num_steps=num_steps)
-    it = parity.subject(flow, num_steps=num_steps)
+    subjects: list[Subject] = []
+
+    def watch() -> Finding:
+        subjects.append(parity.subject(flow, num_steps=num_steps))
+        return Finding(check="recording", passed=True, found=f"latents {list(flow.event_shape)}, {num_steps} steps")
+
+    yield attempt("recording", watch)
+    if not subjects:
+        return  # every further check begins with latents of the right shape
+    it = subjects[0]
     checks: dict[str, Callable[[], Finding]] = {
+        **{name: partial(check, it) for name, check in parity.CHECKS.items()},
         "ratio gap before the first update": lambda: ratio_gap(it),
         "autoencoder round trip": lambda: autoencoder(it),
         "LoRA file round trip": lambda: files(it),
@@ -70,13 +100,7 @@ def examinations(flow: Any, *, num_steps: int, num_images: int) -> Iterator[Find
         "sanity run on JPEG size": lambda: sanity_run(flow),
     }
     for name, check in checks.items():
-        try:
-            yield check()
-        except torch.OutOfMemoryError as error:
-            advice = "use dtype bfloat16, a smaller size, gradient_checkpointing: true, or smaller batches"
-            yield Finding(check=name, passed=False, found=f"out of memory ({str(error).splitlines()[0]}); {advice}")
-        except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-            yield Finding(check=name, passed=False, found=f"{type(error).__name__}: {error}")
+        yield attempt(name, check)
 
 
 def ratio_gap(it: Subject) -> Finding:
@@ -98,13 +122,13 @@ def ratio_gap(it: Subject) -> Finding:
     each = ", ".join(f"{gap:.1e}" for gap in gaps)
     return Finding(
         check="ratio gap before the first update",
-        passed=it.flow.dtype != torch.float32 or max(gaps) < CLIP,
+        passed=max(gaps) < (CLIP if it.flow.dtype == torch.float32 else HALF_GAP),
         found=f"{each} by step, in other batches{'' if max(gaps) < CLIP else f'; above a clip of {CLIP:g}: train in the batch of the rollout'}",
     )
 
 
 def autoencoder(it: Subject) -> Finding:
-    """Encode decoded images and decode them again."""
+    """Encode decoded images and decode them again; what is lost is small for an autoencoder that was trained."""
     name = "autoencoder round trip"
     images = it.flow.decode(it.run(ode(it.num_steps)).x0)
     vae = it.flow.pipe.vae
@@ -115,9 +139,13 @@ def autoencoder(it: Subject) -> Finding:
         latents = coded if isinstance(coded, Tensor) else coded.mode()
         again = vae.decode(latents, return_dict=False)[0]
     again = ((again.squeeze(2) if is_video else again).float() / 2 + 0.5).clamp(0, 1)
-    error = float((again - images).square().mean().clamp(min=1e-12))
-    finite = bool(torch.isfinite(again).all())
-    return Finding(check=name, passed=finite, found=f"PSNR {-10 * torch.tensor(error).log10():.1f} dB" if finite else "not finite")
+    if not torch.isfinite(again).all():
+        return Finding(check=name, passed=False, found="not finite")
+    psnr = float(-10 * (again - images).square().mean().clamp(min=1e-12).log10())
+    found = (
+        f"PSNR {psnr:.1f} dB{'' if psnr >= LEAST_PSNR else f', needed {LEAST_PSNR:.0f}: are its weights loaded, and does its scaling fit?'}"
+    )
+    return Finding(check=name, passed=psnr >= LEAST_PSNR, found=found)
 
 
 def files(it: Subject) -> Finding:
@@ -129,13 +157,17 @@ def files(it: Subject) -> Finding:
             with torch.no_grad():
                 for value in roles.trainable_parameters():
                     value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value))
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             it.flow.save(Path(place) / "weights")
             size = sum(path.stat().st_size for path in (Path(place) / "weights").rglob("*.safetensors"))
     finally:
         roles.load("current", before)
+    unchecked = [str(warning.message) for warning in told if "not checked" in str(warning.message)]
     return Finding(
-        check="LoRA file round trip" if roles.lora else "weights round trip", passed=True, found=f"{size / 2**20:.1f} MB, same pixels"
+        check="LoRA file round trip" if roles.lora else "weights round trip",
+        passed=not unchecked,
+        found=f"{size / 2**20:.1f} MB, {unchecked[0] if unchecked else 'same pixels'}",
     )
 
 
@@ -152,7 +184,7 @@ def memory(pipe: Any) -> Finding:
 
 
 def speed(it: Subject, num_images: int) -> Finding:
-    """Time one rollout, and one forward and backward pass of as many samples."""
+    """Time one rollout, and one update of as many samples: forward, backward and the optimizer's step."""
     flow = it.flow
     cond = flow.encode([parity.PROMPT] * num_images)
     x = torch.randn(num_images, *flow.event_shape, generator=torch.Generator().manual_seed(0)).to(flow.device)
@@ -165,14 +197,18 @@ def speed(it: Subject, num_images: int) -> Finding:
         _wait(flow.device)
         return time.perf_counter() - began
 
+    optimizer = torch.optim.AdamW(flow.roles.trainable_parameters(), lr=0.0)  # the same work, and the weights stay
+
     def update() -> None:
         flow.velocity(x, torch.tensor(0.5), cond).square().mean().backward()
-        for parameter in flow.roles.trainable_parameters():
-            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
 
     rollout = timed(lambda: flow.decode(flow.rollout(cond, ode(it.num_steps), x_init=x, noise=it.draws).x0))
-    backward = timed(update)
-    found = f"{num_images / rollout:.2f} images/s of {it.num_steps} steps, decoded; {num_images / backward:.2f} rows/s forward and backward"
+    updated = timed(update)
+    found = (
+        f"{num_images / rollout:.2f} images/s of {it.num_steps} steps, decoded; {num_images / updated:.2f} rows/s of an update with AdamW"
+    )
     return Finding(check="speed", passed=True, found=found)
 
 
@@ -199,6 +235,8 @@ class JpegSize:
 
 def sanity_run(flow: Any) -> Finding:
     """Train a few steps of AWM on the size of the images as JPEG; the weights must move and stay finite. Gains need longer runs."""
+    if flow.dtype == torch.float16:
+        return Finding(check="sanity run on JPEG size", passed=True, found="left out: float16 is not trained in (use bfloat16)")
     prompts = [Prompt(uid=i, text=text, metadata={}, where="doctor") for i, text in enumerate((parity.PROMPT, "a blue square"))]
     with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(

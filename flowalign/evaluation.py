@@ -40,36 +40,40 @@ def evaluate(
     resolution: float = 0.02,
     reference_images: Path | None = None,
     extractor: str | None = None,
+    batch_size: int = 128,
+    fields: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a suite, alone or against another on the same prompts and noise; the command ``flowalign evaluate``.
 
     Several LoRAs are runs of one recipe from several training seeds. ``against`` names another model, or a LoRA of the same one; several are LoRAs of
     another recipe's training seeds. ``reference_images`` and ``extractor`` are those of :func:`flowalign.fidelity_options.ruler`, ``options`` those of
-    :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts".
+    :func:`flowalign.suite_options.suite_options`, for the suites "geneval" and "prompts". ``batch_size`` images are made by one call of the model;
+    ``fields`` are ``--pipeline.KEY VALUE`` arguments, which hold for every model that is compared.
     """
     loras = [] if lora is None else [lora] if isinstance(lora, Path) else list(lora)
     others = [] if against is None else [against] if isinstance(against, str) else list(against)
     _check_sides(loras, others)
     sizes = {"num_prompts": num_prompts, "images_per_prompt": images_per_prompt}
     chosen = suite(suite_name, **{**sizes, **suite_options(suite_name, num_prompts, options or {})})
-    settings, evaluated = open_model(model, loras[0] if loras else None, num_steps=num_steps)
+    settings, evaluated = open_model(model, loras[0] if loras else None, num_steps=num_steps, fields=fields)
     measured_by = ruler(chosen, folder=reference_images, extractor=extractor, image_size=image_size(evaluated))
     steps = own = evaluated.num_steps
     if others or loras:
         steps = _steps_of_other(loras[0] if loras else Path(model), others[0] if others else None, own)
-    runs = [score_model(evaluated, chosen, num_steps=own, seed=seed, title=str(loras[0]) if loras else model)]
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    runs = [score_model(evaluated, chosen, num_steps=own, **how, title=str(loras[0]) if loras else model)]
     bases: list[Evaluation] = []
     if others:
         for name in others:
-            scored = score_model(_other(settings, model, name, evaluated), chosen, num_steps=steps, seed=seed, title=name)
+            scored = score_model(_other(settings, model, name, evaluated), chosen, num_steps=steps, **how, title=name)
             bases.append(replace(scored, images=None) if bases else scored)
     elif loras:
-        bases.append(score_model(evaluated, chosen, num_steps=steps, seed=seed, title=f"{model} without LoRA", role=REFERENCE))
+        bases.append(score_model(evaluated, chosen, num_steps=steps, **how, title=f"{model} without LoRA", role=REFERENCE))
     fidelity = _fidelity(measured_by, runs[0], bases)
     for further in loras[1:]:
-        _, evaluated = open_model(model, further, num_steps=num_steps)
-        scored = score_model(evaluated, chosen, num_steps=own, seed=seed, title=str(further))
+        _, evaluated = open_model(model, further, num_steps=num_steps, fields=fields)
+        scored = score_model(evaluated, chosen, num_steps=own, **how, title=str(further))
         fidelity += _fidelity(measured_by, scored, bases)
         # Pictures are of the first run; those of all would fill the memory.
         runs.append(replace(scored, images=None))
@@ -103,7 +107,8 @@ def _other(settings: ModelConfig, model: str, name: str, like: FlowPipeline) -> 
     """Build what a model is compared with, with the same settings: a comparison is of weights, not of guidance or sizes."""
     weights = lora_files.weights_of(Path(name))
     if not lora_files.holds_lora(weights):
-        return replace(settings, model=str(weights) if weights.is_dir() else name, lora=None).build(device=like.device)
+        variant = None if run_of(weights) else settings.variant  # a run writes plain files
+        return replace(settings, model=str(weights) if weights.is_dir() else name, lora=None, variant=variant).build(device=like.device)
     rank, alpha, targets = lora_files.settings(weights)
     built = replace(settings, model=model, lora=LoRA(rank=rank, alpha=alpha, targets=targets)).build(device=like.device)
     built.load_lora(weights)

@@ -22,8 +22,12 @@ from flowalign.core.plans import ode
 from flowalign.core.randomness import normal
 from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.suites import run_suite
+from flowalign.model_settings import override
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RunConfig, find_config, load_config
+
+# What the commands that load a model say otherwise than by --pipeline.KEY.
+_SAID_BY = {"model": "MODEL", "lora": "--lora RUN, which brings its own rank, alpha and targets", "num_steps": "--num-steps"}
 
 
 def generator_of(
@@ -83,13 +87,14 @@ def velocity_distance(pipeline: FlowPipeline, prompts: Sequence[str], role: str,
     return float(torch.stack(found).mean())
 
 
-def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -> tuple[Any, FlowPipeline]:
+def open_model(model: str, lora: Path | None, *, num_steps: int | None = None, fields: Sequence[str] = ()) -> tuple[Any, FlowPipeline]:
     """Load a model as the run did that trained it or its LoRA, else with the family's defaults.
 
     Args:
         model: Folder, hub id or "shapes"; the ``weights`` of a run that trained all weights bring the run's settings.
         lora: A run folder, its ``weights`` folder, or a LoRA file.
         num_steps: Denoising steps; None for those of the settings, or the few of a student that was distilled.
+        fields: ``--pipeline.KEY VALUE`` arguments, which change the settings last.
 
     Returns:
         The settings, and what they build, the LoRA loaded as its current role.
@@ -108,7 +113,9 @@ def open_model(model: str, lora: Path | None, *, num_steps: int | None = None) -
     config = None if run is None else load_config(str(run))
     settings = settings_of(model) if config is None else config.pipeline
     own = settings.num_steps if config is None else student_steps(config) or settings.num_steps
-    settings = replace(settings, model=model, lora=None, num_steps=num_steps or own)
+    if lora is None and run is not None:
+        settings = replace(settings, variant=None)  # the base's; a run writes plain files
+    settings = replace(override(settings, fields, said_by=_SAID_BY), model=model, lora=None, num_steps=num_steps or own)
     if lora is None:
         return settings, settings.build(device=Accelerator().device)
     weights = lora_files.weights_of(lora)
@@ -140,14 +147,17 @@ def sample(
     seed: int = 0,
     num_images: int = 4,
     num_steps: int | None = None,
+    batch_size: int | None = None,
+    fields: Sequence[str] = (),
 ) -> Path:
     """Write a labelled grid, a row for each prompt; the command ``flowalign sample``."""
     if not prompts:
         raise ConfigError("sample: give at least one prompt")
-    _, pipeline = open_model(model, lora, num_steps=num_steps)
+    _, pipeline = open_model(model, lora, num_steps=num_steps, fields=fields)
     texts = [text for text in prompts for _ in range(num_images)]
     seeds = [(row, k) for row in range(len(prompts)) for k in range(num_images)]
-    made = generator_of(pipeline, pipeline.num_steps, seed=seed)(texts, seeds)
+    generate, size = generator_of(pipeline, pipeline.num_steps, seed=seed), batch_size or len(texts)
+    made = torch.cat([generate(texts[i : i + size], seeds[i : i + size]).cpu() for i in range(0, len(texts), size)])
     scale = max(1, 256 // made.shape[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(images.grid(made, num_images, captions=texts, scale=scale), output)
@@ -155,11 +165,11 @@ def sample(
     return output
 
 
-def merge(model: str, *, lora: Path, output: Path) -> Path:
+def merge(model: str, *, lora: Path, output: Path, fields: Sequence[str] = ()) -> Path:
     """Add a LoRA to its base and write the whole pipeline; the command ``flowalign merge``."""
     from flowalign.pipelines import lora_files
 
-    _, pipeline = open_model(model, lora)
+    _, pipeline = open_model(model, lora, fields=fields)
     lora_files.merge(pipeline, output)
     print(f"written: {output}")
     return output

@@ -72,6 +72,7 @@ class ModelConfig(ABC):
         guidance_scale: Guidance in rollout and training.
         height: Pixels; None for the model's own size.
         width: Pixels; None for the model's own size.
+        variant: Reads ``*.VARIANT.safetensors``, such as "fp16", for folders and hub models that have only those; null for the plain files.
         dtype: What the networks compute in; latents, log-probs and adapters stay float32.
         lora: Adapters to train; null trains all weights of the denoiser.
         gradient_checkpointing: Trade compute for memory in training.
@@ -87,6 +88,7 @@ class ModelConfig(ABC):
     guidance_scale: float = 1.0
     height: int | None = None
     width: int | None = None
+    variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoRA | None = field(default_factory=LoRA)
     gradient_checkpointing: bool = False
@@ -130,7 +132,7 @@ class ModelConfig(ABC):
     def load(self, *, device: str | torch.device = "cpu") -> Any:
         """Load the bare pipeline; see ``build``."""
         check_device(self.dtype, device)
-        pipe = load(self.kind(), self.model, dtype=getattr(torch, self.dtype), **self.without())
+        pipe = load(self.kind(), self.model, dtype=getattr(torch, self.dtype), variant=self.variant, **self.without())
         if self.offload:
             getattr(pipe, self.family(pipe).denoiser).to(device)
         else:

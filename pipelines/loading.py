@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
 INDEX = "model_index.json"
+# As in model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors.
+_VARIANT = re.compile(r"\.([A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors$")
 
 
 def shapes_folder() -> Path:
@@ -35,13 +38,14 @@ def check_device(dtype: str, device: str | torch.device) -> None:
         raise ValueError("pipeline.dtype: float16 is not usable on a CPU (slow and inaccurate); use float32")
 
 
-def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
+def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, variant: str | None = None, **options: Any) -> DiffusionPipeline:
     """Load a pipeline in safetensors only.
 
     Args:
         kind: The pipeline class.
         model: A folder, a hub id, or "shapes".
         dtype: Precision of all networks.
+        variant: Files ``*.VARIANT.safetensors`` are read where a part has them.
         options: Parts to leave out (None) and settings of the pipeline's constructor.
 
     Raises:
@@ -57,13 +61,17 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, **opt
     if not local and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise FileNotFoundError(f"pipeline.model: {model!r} is neither a folder nor a hub id such as 'owner/name'")
     absent = _absent(kind, folder) if local else {}
+    if local:
+        _check_variant(folder, variant)
+    told = {} if variant is None else {"variant": variant}
     try:
         with quiet():
-            pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **(absent | options))
+            pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **told, **(absent | options))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub "
-            "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder"
+            "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder. "
+            "One that has only files such as *.fp16.safetensors needs pipeline.variant: fp16"
         ) from error
     if not isinstance(pipe, kind):
         raise ValueError(f"pipeline.model: {model!r} is a {type(pipe).__name__}, needed a {kind.__name__}")
@@ -82,6 +90,26 @@ def _absent(kind: type[DiffusionPipeline], folder: Path) -> dict[str, None]:
         raise ValueError(f"pipeline.model: {folder} is a {parts.get('_class_name')}, needed a {kind.__name__}")
     needed = [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.default is inspect.Parameter.empty]
     return {name: None for name in needed if parts.get(name, [None, None])[0] is None}
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    """Refuse a folder with a part that has no files of the wanted variant and none without one."""
+    parts: dict[Path, set[str | None]] = {}
+    for path in folder.rglob("*.safetensors"):
+        found = _VARIANT.search(path.name)
+        parts.setdefault(path.parent, set()).add(found[1] if found else None)
+    known = sorted({name for names in parts.values() for name in names if name is not None})
+    if variant is not None and variant not in known:
+        raise ValueError(
+            f"pipeline.variant: got {variant!r}, but {folder} has no *.{variant}.safetensors (variants there: {', '.join(known) or 'none'}); set another, "
+            "or variant: null"
+        )
+    for part, names in sorted(parts.items()):
+        if not names & {None, variant}:
+            have = ", ".join(sorted(str(name) for name in names))
+            raise ValueError(
+                f"pipeline.variant: {part} has only weights of the variant {have}, got variant: {variant or 'null'}; set pipeline.variant: {min(map(str, names))}"
+            )
 
 
 @contextmanager

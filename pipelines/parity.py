@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from flowalign.pipelines.schedulers import frame_of
 from flowalign.pipelines.watch import own_images
 
 PROMPT = "a photo of a red ring"
+SPARING = "use dtype bfloat16, a smaller size, offload: true, gradient_checkpointing: true, or smaller batches"
 ROUNDING = 1e-4  # of images in [0, 1] and of velocities of order 1, where other batch sizes sum in another order
 
 
@@ -186,10 +188,17 @@ def findings(flow: FlowPipeline, *, num_steps: int | None = None) -> Iterator[Fi
     """Run every check; one that raises is a failure with its reason."""
     it = subject(flow, num_steps=num_steps)
     for name, check in CHECKS.items():
-        try:
-            yield check(it)
-        except (ValueError, RuntimeError) as error:
-            yield Finding(check=name, passed=False, found=f"{type(error).__name__}: {error}")
+        yield attempt(name, partial(check, it))
+
+
+def attempt(name: str, check: Callable[[], Finding]) -> Finding:
+    """Run a check; one that raises is a failure with its reason."""
+    try:
+        return check()
+    except torch.OutOfMemoryError as error:
+        return Finding(check=name, passed=False, found=f"out of memory ({str(error).partition(chr(10))[0]}); {SPARING}")
+    except Exception as error:  # what is examined is other people's code: whatever it raises is a finding, and the other checks go on
+        return Finding(check=name, passed=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _distance(check: str, got: Tensor, expected: Tensor, tolerance: float) -> Finding:

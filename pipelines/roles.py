@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +60,7 @@ class Roles:
         self._layers: dict[str, LoraLayer] = {}
         self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
         self.active = CURRENT
+        self._guest: str | None = None
         module.requires_grad_(lora is None)
         if self._config is not None:
             with torch.random.fork_rng(devices=[]):
@@ -85,7 +86,7 @@ class Roles:
         return found
 
     def _check(self, name: str) -> None:
-        if name not in self.names:
+        if name not in (*self.names, self._guest):
             raise ValueError(f"role {name!r}: not there (known: {', '.join(self.names)}); add it first")
 
     def parameters(self, name: str) -> dict[str, Tensor]:
@@ -207,6 +208,32 @@ class Roles:
         try:
             yield self.module
         finally:
+            self._select(before)
+
+    @contextmanager
+    def guest(self, name: str, load: Callable[[], None]) -> Iterator[None]:
+        """Have a further adapter on the module for as long as the block; ``use`` takes its name meanwhile, and nothing of it stays.
+
+        Args:
+            name: The adapter's.
+            load: Puts it there, on the layers that have one.
+        """
+        before = self.active
+        module: Any = self.module
+        try:
+            # The fork keeps torch's global generator out of it: first weights are overwritten at once.
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+                load()
+            self._guest = name
+            self._select(before)
+            module.eval()
+            yield
+        finally:
+            self._guest = None
+            self._select(before)  # peft chooses another where the active adapter is deleted
+            if name in module.peft_config:
+                module.delete_adapters(name)
             self._select(before)
 
     def lora_state_dict(self, name: str) -> dict[str, Tensor]:

@@ -107,7 +107,8 @@ class Decoder:
 
     def step(self, index: int, model_output: Tensor, sample: Tensor) -> Tensor:
         """Return the latents."""
-        return self.latents.to(sample.dtype)
+        # Z-Image keeps float32 latents in half precision and asserts it, whatever it was given.
+        return self.latents.to(torch.promote_types(sample.dtype, model_output.dtype))
 
 
 @contextmanager

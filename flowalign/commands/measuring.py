@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flowalign.commands import NUM_STEPS_HELP, Add, positive
+from flowalign.commands import NUM_STEPS_HELP, Add, add_pipeline_fields, positive
 
 
 def add_evaluate(add: Add) -> None:
@@ -68,6 +68,10 @@ def add_evaluate(add: Add) -> None:
     )
     evaluate.add_argument("--images-per-prompt", type=positive, default=4, help="images of each prompt")
     evaluate.add_argument("--num-steps", type=positive, default=None, help=NUM_STEPS_HELP)
+    evaluate.add_argument(
+        "--batch-size", type=positive, default=128, help="images of one call of the model; lower it where memory runs out"
+    )
+    add_pipeline_fields(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -87,6 +91,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         resolution=options.resolution,
         reference_images=options.reference_images,
         extractor=options.extractor,
+        batch_size=options.batch_size,
+        fields=options.fields,
         options={name: vars(options)[name] for name in ("prompts", "reward", "detector", "clip", "split")},
     )
 
@@ -101,6 +107,8 @@ def add_sample(add: Add) -> None:
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sample.add_argument("--num-images", type=positive, default=4, help="images of each prompt")
     sample.add_argument("--num-steps", type=positive, default=None, help=NUM_STEPS_HELP)
+    sample.add_argument("--batch-size", type=positive, default=None, help="images of one call of the model; all where not given")
+    add_pipeline_fields(sample)
     sample.set_defaults(run=_sample)
 
 
@@ -115,6 +123,8 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_images=options.num_images,
         num_steps=options.num_steps,
+        batch_size=options.batch_size,
+        fields=options.fields,
     )
 
 

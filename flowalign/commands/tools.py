@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flowalign.commands import Add, positive
+from flowalign.commands import Add, add_pipeline_fields, positive
 
 KINDS = ("pipelines", "rewards", "algorithms", "estimators")
 
@@ -19,28 +19,32 @@ def add_merge(add: Add) -> None:
     merge.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
     merge.add_argument("--lora", type=Path, required=True, help="run folder or LoRA to add")
     merge.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
+    add_pipeline_fields(merge)
     merge.set_defaults(run=_merge)
 
 
 def _merge(options: argparse.Namespace) -> None:
     from flowalign.generate import merge
 
-    merge(options.model, lora=options.lora, output=options.output)
+    merge(options.model, lora=options.lora, output=options.output, fields=options.fields)
 
 
 def add_doctor(add: Add) -> None:
     """Add `flowalign doctor`."""
     doctor = add("doctor", "check that a model works here, and what it costs; exits with 1 if a check fails", "flowalign doctor shapes")
-    doctor.add_argument("model", metavar="MODEL", help="folder, hub id, or 'shapes'")
+    doctor.add_argument(
+        "model", metavar="MODEL", help="folder, hub id, 'shapes', or a run's configuration (a file or the name of a shipped one)"
+    )
     doctor.add_argument("--num-steps", type=positive, default=4, help="denoising steps of every rollout")
     doctor.add_argument("--num-images", type=positive, default=2, help="images of the rollout that is timed")
+    add_pipeline_fields(doctor)
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> None:
     from flowalign.doctor import examine
 
-    if not examine(options.model, num_steps=options.num_steps, num_images=options.num_images):
+    if not examine(options.model, num_steps=options.num_steps, num_images=options.num_images, fields=options.fields):
         sys.exit(1)
 
 

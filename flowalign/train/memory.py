@@ -27,5 +27,16 @@ def exhausted(error: BaseException, step: int, phases: Sequence[str]) -> Exhaust
     """
     where = next((name for name in reversed(phases) if name in ADVICE), None)
     advice = [*([] if where is None else [ADVICE[where]]), ALWAYS]
-    said = str(error).partition("\n")[0].strip() or "no details"
-    return Exhausted(f"step {step}, {where or 'a part of it'}: out of memory ({said}). What helps: {'; '.join(advice)}")
+    return Exhausted(f"step {step}, {where or 'a part of it'}: out of memory ({_said(error)}). What helps: {'; '.join(advice)}")
+
+
+def advise(error: BaseException) -> str:
+    """Say what helps where memory runs out outside of training."""
+    return (
+        f"out of memory ({_said(error)}). What helps: a smaller --batch-size (evaluate, sample) or --num-images (doctor); --pipeline.offload true takes "
+        f"text encoders and autoencoder off the device, --pipeline.vae_slicing true decodes image by image; {ALWAYS}"
+    )
+
+
+def _said(error: BaseException) -> str:
+    return str(error).partition("\n")[0].strip() or "no details"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.cli import _parser
+from flowalign.cli import parse
 from flowalign.run_config import load_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -32,7 +32,7 @@ def test_the_example_runs_as_it_stands():
 def test_every_command_is_one_that_the_command_line_takes(command):
     program, *arguments = shlex.split(command)
     assert program == "flowalign"
-    parsed = _parser().parse_args(arguments)
+    parsed = parse(arguments)
     if parsed.command == "train" and parsed.config != "my_config.yaml":
         load_config(parsed.config, parsed.overrides)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.core.plans import ode
-from flowalign.pipelines import lora_files, parity
+from flowalign.pipelines import loaded_back, lora_files, parity
 from flowalign.pipelines.loading import shapes_folder
 from flowalign.pipelines.roles import LoRA
 from flowalign.pipelines.watch import own_images
@@ -35,7 +35,9 @@ def test_a_saved_adapter_gives_the_same_images_in_a_bare_pipeline(case, tmp_path
     written = own_images(flow, stranger, parity.PROMPT, it.noise, 5)
     assert (written - made).abs().max() < 1e-5
     assert (written - base).abs().max() > 1e-2
-    assert lora_files.notes_of(tmp_path / "weights") == {"base_model": "owner/base", "seed": "7"}
+    notes = lora_files.notes_of(tmp_path / "weights")
+    assert len(notes.pop("base_fingerprint")) == 32
+    assert notes == {"base_model": "owner/base", "seed": "7"}
     assert lora_files.settings(tmp_path / "weights")[:2] == (4, 8.0)
     again = build(case)
     again.load_lora(tmp_path / "weights")
@@ -59,16 +61,27 @@ def test_a_merged_pipeline_needs_no_adapter(tmp_path):
 
 def test_pixels_that_differ_are_never_saved(tmp_path, monkeypatch):
     flow = trained("sd 1.5 guided")
-    own = lora_files.own_images
-    monkeypatch.setattr(lora_files, "own_images", lambda *args: own(*args).flip(-1))
+    own = loaded_back.own_images
+    monkeypatch.setattr(loaded_back, "own_images", lambda *args: own(*args).flip(-1))
     with pytest.raises(RuntimeError, match="makes another picture than the trained weights"):
         flow.save(tmp_path / "weights")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.rejected"]
 
 
-def test_a_lora_of_another_base_is_named(tmp_path):
+@pytest.mark.parametrize("case", ["z_image guided", "sdxl guided"])
+def test_half_precision_saves_and_decodes(case, tmp_path):
+    flow = build(case, pipe=pipeline(case).to(torch.bfloat16))
+    flow.save(tmp_path / "weights")
+    images = flow.decode(parity.subject(flow).run(ode(5)).x0)
+    own = own_images(flow, flow.pipe, parity.PROMPT, parity.subject(flow).noise, 5).float()
+    assert (images - own).abs().mean() < 0.02
+
+
+def test_a_lora_of_another_base_is_named(tmp_path, monkeypatch):
     flow = trained("sd 1.5 guided")
+    monkeypatch.setattr(lora_files, "fingerprint", lambda roles: "")  # as files of before were written
     flow.save(tmp_path / "weights", notes={"base_model": "owner/other"})
+    monkeypatch.undo()
     again = build("sd 1.5 guided")
     again.pipe.register_to_config(_name_or_path="owner/this")
     with pytest.warns(UserWarning, match="was trained on owner/other, and is loaded into this"):

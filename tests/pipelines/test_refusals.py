@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, StableDiffu
 from flowalign.core.kernels import Euler, FlowSDE
 from flowalign.core.plans import Plan, PlanStep, chain, ode
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.pipelines.loading import check_device, load
+from flowalign.pipelines.loading import check_device, load, quiet
 from flowalign.pipelines.record import Call, RecordedStep
 from flowalign.pipelines.replay import Guidance, Linear, learn_replay
 from flowalign.pipelines.roles import LoRA
@@ -247,3 +247,21 @@ def test_half_precision_is_a_question_of_the_device():
     check_device("bfloat16", "cpu")
     with pytest.raises(ValueError, match="use float32"):
         check_device("float16", torch.device("cpu"))
+
+
+def test_a_folder_with_files_of_a_variant_alone_says_so_and_loads_with_it(folder, tmp_path):
+    with quiet():
+        tiny_pipeline().save_pretrained(tmp_path / "model", variant="fp16")
+    settings = Config(model=str(tmp_path / "model"), num_steps=STEPS, max_sequence_length=12, lora=None)
+    with pytest.raises(
+        ValueError, match=r"text_encoder has only weights of the variant fp16, got variant: null; set pipeline.variant: fp16"
+    ):
+        settings.build()
+    built = replace(settings, variant="fp16").build()
+    plain = replace(settings, model=str(folder)).build()
+    for name, value in built.denoiser.state_dict().items():
+        assert torch.equal(value, plain.denoiser.state_dict()[name])
+    with pytest.raises(ValueError, match=r"pipeline.variant: got 'bf16', but .*model has no \*.bf16.safetensors \(variants there: fp16\)"):
+        replace(settings, variant="bf16").build()
+    with pytest.raises(ValueError, match=r"variants there: none"):
+        replace(settings, model=str(folder), variant="fp16").build()
