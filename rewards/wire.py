@@ -138,6 +138,8 @@ def _fields(asked: Any, count: int, limits: Limits) -> dict[str, Any]:
         raise Malformed(f"metadata: needed {count} objects, one for each image")
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
         raise Malformed("rewards: needed a list of names")
+    if len(set(rewards)) < len(rewards):
+        raise Malformed(f"rewards: {len(rewards)} names, but {len(set(rewards))} different ones; needed each once")
     request_id = asked.get("request_id")
     deadline: Any = asked.get("deadline_s")
     if not isinstance(request_id, str) or not 1 <= len(request_id) <= 100:

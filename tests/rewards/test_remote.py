@@ -296,6 +296,9 @@ HOSTILE = {
         }.items()
     },
     "long prompt": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "prompts": ["a" * 10_001]})}}, bytes(12)),
+    "many times the same": forged(
+        {"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "rewards": ["mean"] * 1000})}}, bytes(12)
+    ),
     "huge deadline": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "deadline_s": 10**400})}}, bytes(12)),
     "endless deadline": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "deadline_s": math.inf})}}, bytes(12)),
 }
