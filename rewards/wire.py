@@ -138,10 +138,13 @@ def _fields(asked: Any, count: int, limits: Limits) -> dict[str, Any]:
         raise Malformed(f"metadata: needed {count} objects, one for each image")
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
         raise Malformed("rewards: needed a list of names")
-    request_id, deadline = asked.get("request_id"), asked.get("deadline_s")
+    if len(set(rewards)) < len(rewards):
+        raise Malformed(f"rewards: {len(rewards)} names, but {len(set(rewards))} different ones; needed each once")
+    request_id = asked.get("request_id")
+    deadline: Any = asked.get("deadline_s")
     if not isinstance(request_id, str) or not 1 <= len(request_id) <= 100:
         raise Malformed("request_id: needed a text of 1 to 100 characters")
-    if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not 0 < deadline < math.inf:
+    if not _is_finite(deadline) or not deadline > 0:
         raise Malformed("deadline_s: needed a positive number")
     return {"request_id": request_id, "prompts": prompts, "metadata": metadata, "rewards": rewards, "deadline_s": float(deadline)}
 
@@ -182,7 +185,12 @@ def read_reply(body: Any, request_id: str, name: str | None, count: int) -> tupl
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's integers have no end
+        return False
 
 
 def _check_clauses(clauses: Any, valid: Any, count: int) -> None:

@@ -93,6 +93,14 @@ def drips(handler, body):
         time.sleep(0.03)
 
 
+def drips_headers(handler, body):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(100):
+        handler.wfile.write(b"x-%d: 1\r\n" % number)
+        handler.wfile.flush()
+        time.sleep(0.03)
+
+
 def floods(handler, body):
     handler.send_response(200)
     handler.send_header("content-length", str(10**9))

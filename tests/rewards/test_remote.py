@@ -45,6 +45,9 @@ PASSING = {
     "other request": peers.lies(lambda reply: {**reply, "request_id": "x"}),
     "not json": peers.lies(lambda reply: b"\x80\x04cos\nsystem\n"),
     "list": peers.lies(lambda reply: [reply]),
+    "deep": peers.lies(lambda reply: b"[" * 200_000),
+    "huge": peers.lies(lambda reply: {**reply, "scores": {"mean": [10**400] * 5}}),
+    "huge clause": peers.lies(lambda reply: {**reply, "clauses": [[10**400]] * 5, "clauses_valid": [[True]] * 5}),
     "clauses": peers.lies(lambda reply: {**reply, "clauses": [[1.0]], "clauses_valid": [[True]]}),
 }
 
@@ -58,21 +61,33 @@ def test_a_passing_fault_costs_a_repetition_and_no_score(fault):
         assert calls[0] == calls[1]  # the same request id: a server scores it once
 
 
-@pytest.mark.parametrize("fault", [peers.dies, peers.hangs, peers.drips, peers.floods, PASSING["nan"], PASSING["short"], PASSING["busy"]])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        peers.dies,
+        peers.hangs,
+        peers.drips,
+        peers.drips_headers,
+        peers.floods,
+        PASSING["nan"],
+        PASSING["short"],
+        PASSING["busy"],
+        peers.status(401),
+        peers.status(404),
+        peers.status(413),
+    ],
+)
 def test_a_lasting_fault_fails_over_to_the_next_server_which_then_stays_the_first(fault):
     with peers.peer(fault) as (bad, first), peers.peer(peers.right) as (good, second):
-        reward = client(bad, good, batch_size=5, deadline_s=3.0)
-        if fault in (peers.hangs, peers.drips):
-            reward.client.deadline_s = 0.4  # this request fails, as its whole time went by; the pair below is quick
-            with pytest.raises(Unavailable):
-                reward(IMAGES, PROMPTS, RECORDS)
-            return
+        reward = client(bad, good, batch_size=5, deadline_s=1.0)  # of which the first gets half
         assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
         assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
         assert (len(first), len(second)) == (1, 2)
 
 
-@pytest.mark.parametrize("fault", [peers.dies, peers.hangs, peers.drips, peers.floods, PASSING["nan"], peers.status(503)])
+@pytest.mark.parametrize(
+    "fault", [peers.dies, peers.hangs, peers.drips, peers.drips_headers, peers.floods, PASSING["nan"], peers.status(503)]
+)
 def test_a_lasting_fault_of_all_servers_stops_within_the_deadline_and_says_why(fault):
     with peers.peer(fault) as (url, _):
         began = time.monotonic()
@@ -95,9 +110,28 @@ def test_no_server_at_all_stops_the_run_or_marks_samples_as_configured():
 
 def test_a_server_that_refuses_the_request_is_not_asked_again():
     with peers.peer(lambda handler, body: (422, {"error": "prompts: no"})) as (url, calls):
-        with pytest.raises(Refused, match="refused the request with status 422: .*prompts: no"):
+        with pytest.raises(Refused, match="refused the request: .*status 422: .*prompts: no"):
             client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
         assert len(calls) == 1
+
+
+def test_a_request_is_refused_when_all_servers_have_refused_it_and_each_is_asked_once():
+    with peers.peer(peers.status(401)) as (one, first), peers.peer(peers.status(422)) as (two, second):
+        with pytest.raises(Refused, match=r"status 401.*status 422"):
+            client(one, two, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+        assert (len(first), len(second)) == (1, 1)
+
+
+def test_clients_that_are_sent_away_together_do_not_come_back_together(monkeypatch):
+    slept = []
+    monkeypatch.setattr("flowalign.rewards.http.time.sleep", slept.append)
+    with peers.peer(*[peers.status(503, retry_after="1")] * 3, peers.right) as (url, _):
+        reward = client(url, batch_size=5, deadline_s=30.0)
+        reward.client.first_delay_s = 0.1
+        reward(IMAGES, PROMPTS, RECORDS)
+    waits = [wait for wait in slept if wait >= 1]  # the peer sleeps by the same function
+    assert len(waits) == 3
+    assert len(set(waits)) == 3
 
 
 def test_one_of_several_rewards_is_asked_for_by_name():
@@ -262,6 +296,10 @@ HOSTILE = {
         }.items()
     },
     "long prompt": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "prompts": ["a" * 10_001]})}}, bytes(12)),
+    "many times the same": forged(
+        {"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "rewards": ["mean"] * 1000})}}, bytes(12)
+    ),
+    "huge deadline": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "deadline_s": 10**400})}}, bytes(12)),
     "endless deadline": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "deadline_s": math.inf})}}, bytes(12)),
 }
 
