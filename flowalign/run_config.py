@@ -163,6 +163,15 @@ def _identity(encoded: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"train": {key: value for key, value in encoded.get("train", {}).items() if key not in _ASIDE}}
 
 
+def _resolved(path: Path) -> dict[str, Any]:
+    """Read a stored configuration, with the defaults of settings that there were not when it was written."""
+    stored = configuration.read_yaml(path)
+    try:
+        return configuration.encode(configuration.decode(RunConfig, stored))
+    except ConfigError:
+        return stored  # of a setting that there is no longer: the difference names it
+
+
 def claim_folder(config: RunConfig) -> bool:
     """Write the resolved configuration into the run folder, or check that a run that is there is the same but for its length.
 
@@ -175,7 +184,7 @@ def claim_folder(config: RunConfig) -> bool:
     encoded = configuration.encode(config)
     path = config.output / "config.yaml"
     if path.is_file():
-        changed = configuration.differences(_identity(configuration.read_yaml(path)), _identity(encoded))
+        changed = configuration.differences(_identity(_resolved(path)), _identity(encoded))
         if changed:
             raise ConfigError(
                 f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"
