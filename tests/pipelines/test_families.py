@@ -219,7 +219,7 @@ def test_states_are_on_the_straight_path_and_the_end_is_what_is_decoded():
     assert first.x.std() < it.noise.std()
     # The last step ends above 0, and the pipeline decodes its latents as they are.
     assert 0 < done.sigmas[-1] < 0.05
-    last = it.run(chain(DDIM(1.0), 5, train_last=True)).transitions
+    last = it.run(Plan(tuple(PlanStep(kernel=DDIM(1.0), is_trained=True) for _ in range(5)))).transitions
     assert torch.equal(done.x0, frame.shown(last.take(last.step == 4).x_next, done.sigmas[-1]))
 
 

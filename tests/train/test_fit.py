@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, mon
 
 def test_weights_that_are_not_finite_are_never_saved(write_config):
     path = write_config()
-    with pytest.raises(FloatingPointError, match="step 0: the norm of the weights is .*this step is not saved"):
+    with pytest.raises(FloatingPointError, match="step 0, player 'current': the norm of its weights is .*this step is not saved"):
         train(path, "--train.learning_rate", "1e30", "--algorithm.num_minibatches", "1")
     assert not (load_config(str(path)).output / "checkpoints").exists()
 

@@ -136,7 +136,7 @@ def counted(images):
 counted.scores_alone = True
 
 
-@pytest.mark.parametrize("algorithm", [{"type": "awm"}, {"type": "flow_grpo", "depths": [1, 2]}])
+@pytest.mark.parametrize("algorithm", [{"type": "awm", "levels": "uniform"}, {"type": "flow_grpo", "depths": [1, 2]}])
 def test_a_run_scores_its_rollout_in_parts_and_finds_what_it_finds_of_all_at_once(write_config, algorithm):
     rewards = [
         {"reward": "tests.train.test_overlap.counted"},
@@ -165,7 +165,9 @@ def test_what_is_only_measured_is_scored_beside_the_rollout_too(write_config):
     calls.clear()
     metrics = ["novelty", {"reward": {"type": "shapes", "strict": 0.0}}, {"reward": "tests.train.test_overlap.counted"}]
     train = {"groups": 2, "group_size": 4, "rollout_batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2}
-    path = write_config(rewards=[{"reward": "tests.train.brightness"}], metrics=metrics, train=train, advantage="diversity_grpo")
+    path = write_config(
+        rewards=[{"reward": "tests.train.brightness"}], metrics=metrics, train=train, advantage={"type": "canon", "metric": 1}
+    )
     trainer = run.build_trainer(load_config(str(path)), Accelerator())
     found = trainer.collect(0)
     assert [size for size, *_ in calls] == [4, 4]

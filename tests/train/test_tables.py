@@ -189,7 +189,7 @@ def test_the_loss_of_bounded_ratios_is_the_distance_to_the_target_times_the_size
 @pytest.mark.parametrize(
     ("algorithm", "advantage", "message"),
     [
-        ({"type": "awm"}, "bpo", "gives ratios to reach, which awm has no use for"),
+        ({"type": "awm", "levels": "uniform"}, "bpo", "gives ratios to reach, which awm has no use for"),
         (FLOW_GRPO, "bpo", "is ppo_clip, but the estimator gives ratios to reach"),
         ({**FLOW_GRPO, "link": "bounded_ratio"}, "grpo", "is bounded_ratio, but the estimator gives no ratios to reach"),
     ],
