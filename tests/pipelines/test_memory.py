@@ -4,38 +4,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
+from benchmarks.random_models import FLUX_DEV, SD35_MEDIUM
 from flowalign.pipelines.family import JOINT_ATTENTION
 from flowalign.pipelines.roles import Roles
 from flowalign.run_config import load_config
 from tests.pipelines import families
 
-# The published configurations (transformer/config.json of stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev).
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
 CASES = {
     "sd35m_f_distill": (SD3Transformer2DModel, SD35_MEDIUM, 2.2e9, 2.6e9, 0.25),
     "flux_f_distill": (FluxTransformer2DModel, FLUX_DEV, 11.8e9, 12.0e9, 0.10),
