@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowalign import config as configuration
 from flowalign.config import ConfigError
@@ -22,7 +23,7 @@ from flowalign.pipelines import lora_files
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.family import ModelConfig
 from flowalign.pipelines.roles import LoRA
-from flowalign.run_config import load_config
+from flowalign.run_config import load_config, resolved
 from flowalign.suite_options import suite_options
 
 
@@ -70,11 +71,12 @@ def evaluate(
             bases.append(replace(scored, images=None) if bases else scored)
     elif loras:
         bases.append(score_model(evaluated, chosen, num_steps=steps, **how, title=f"{model} without LoRA", role=REFERENCE))
-    fidelity = _fidelity(measured_by, runs[0], bases)
+    known = measured_by.features(bases[0]) if measured_by is not None and bases else None
+    fidelity = _fidelity(measured_by, runs[0], known)
     for further in loras[1:]:
         _, evaluated = open_model(model, further, num_steps=num_steps, fields=fields)
         scored = score_model(evaluated, chosen, num_steps=own, **how, title=str(further))
-        fidelity += _fidelity(measured_by, scored, bases)
+        fidelity += _fidelity(measured_by, scored, known)
         # Pictures are of the first run; those of all would fill the memory.
         runs.append(replace(scored, images=None))
     result = Result(
@@ -99,8 +101,8 @@ def image_size(pipeline: FlowPipeline) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _fidelity(measured_by: Ruler | None, run: Evaluation, bases: Sequence[Evaluation]) -> list[Comparison]:
-    return [] if measured_by is None else [measured_by.compare(run, bases[0] if bases else None)]
+def _fidelity(measured_by: Ruler | None, run: Evaluation, base: Tensor | None) -> list[Comparison]:
+    return [] if measured_by is None else [measured_by.compare(run, base)]
 
 
 def _other(settings: ModelConfig, model: str, name: str, like: FlowPipeline) -> FlowPipeline:
@@ -139,7 +141,7 @@ def _check_recipe(option: str, loras: Sequence[Path]) -> None:
     """Refuse runs that differ in more than their seed: what is between them would be no spread of training seeds."""
     if len({path.resolve() for path in loras}) < len(loras):
         raise ConfigError(f"{option}: a run is given twice; several are several training seeds of one recipe")
-    found = [(lora, None if (run := run_of(lora)) is None else configuration.read_yaml(run)) for lora in loras]
+    found = [(lora, None if (run := run_of(lora)) is None else resolved(run)) for lora in loras]
     for lora, settings in found[1:]:
         first = found[0][1]
         if settings is None or first is None:

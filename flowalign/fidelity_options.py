@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowalign.config import ConfigError
 from flowalign.evaluate.extractors import RANDOM, Extractor, Folder, encoder, of_network, random_features
@@ -26,14 +26,17 @@ class Ruler:
     extractor: Extractor
     reference: Reference | None
 
-    def compare(self, tuned: Evaluation, base: Evaluation | None) -> Comparison:
-        """Measure what two evaluations, or one, have made; both hold their images, in the same order."""
-        assert tuned.images is not None
-        assert base is None or base.images is not None
+    def features(self, found: Evaluation) -> Tensor:
+        """Return the features of an evaluation that holds its images."""
+        assert found.images is not None
+        return self.extractor.features(found.images)
+
+    def compare(self, tuned: Evaluation, base: Tensor | None) -> Comparison:
+        """Measure what an evaluation has made, beside the features of another's images in the same order."""
         return compare_quality(
-            self.extractor.features(tuned.images),
+            self.features(tuned),
             [record.id for record in tuned.records],
-            other=None if base is None or base.images is None else self.extractor.features(base.images),
+            other=base,
             reference=self.reference,
             extractor=self.extractor.name,
             resize=self.extractor.resize,

@@ -163,7 +163,7 @@ def _identity(encoded: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"train": {key: value for key, value in encoded.get("train", {}).items() if key not in _ASIDE}}
 
 
-def _resolved(path: Path) -> dict[str, Any]:
+def resolved(path: Path) -> dict[str, Any]:
     """Read a stored configuration, with the defaults of settings that there were not when it was written."""
     stored = configuration.read_yaml(path)
     try:
@@ -184,7 +184,7 @@ def claim_folder(config: RunConfig) -> bool:
     encoded = configuration.encode(config)
     path = config.output / "config.yaml"
     if path.is_file():
-        changed = configuration.differences(_identity(_resolved(path)), _identity(encoded))
+        changed = configuration.differences(_identity(resolved(path)), _identity(encoded))
         if changed:
             raise ConfigError(
                 f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"

@@ -18,6 +18,7 @@ from flowalign.env import how_made, read_made
 from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, Work, write_report
 from flowalign.images import jpeg_bytes
+from flowalign.run_config import resolved
 from flowalign.train.journal import read_log
 
 Log = list[dict[str, Any]]
@@ -42,7 +43,7 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
     if len(set(names)) != len(names):
         names = [str(run) for run in runs]
     logs = {name: _log_of(run) for name, run in zip(names, runs, strict=True)}
-    settings = {name: configuration.read_yaml(run / "config.yaml") for name, run in zip(names, runs, strict=True)}
+    settings = {name: resolved(run / "config.yaml") for name, run in zip(names, runs, strict=True)}
     made = {name: read_made(run) for name, run in zip(names, runs, strict=True)}
     unknown = [name for name in names if not made[name]] if len(runs) == 1 else []
     flat = {name: [_flat(line) for line in log] for name, log in logs.items()}
