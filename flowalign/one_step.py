@@ -26,7 +26,6 @@ from flowalign.run import run_training, teacher_of
 from flowalign.run_config import RunConfig
 from flowalign.train.journal import read_log
 
-STEPS, WARMUP_STEPS = 200, 100
 TEACHER_STEPS = (1, 8, 20)  # 2 and 4: docs/results.md
 
 
@@ -46,11 +45,6 @@ def demo(output: Path, *, model: str = "shapes", seed: int = 0, threads: int | N
     config, suite = begin("shapes_f_distill", output, seed=seed, threads=threads)
     # An alarm is told and the student scored all the same: a demo that stops shows nothing.
     config = replace(config, pipeline=replace(config.pipeline, model=model), train=replace(config.train, stop_on_alarm=False))
-    # The study's length takes eleven minutes on two cores, of which a demo may have ten.
-    if config.steps > STEPS:
-        config = replace(
-            config, steps=STEPS, algorithm=replace(config.algorithm, warmup_steps=min(config.algorithm.warmup_steps, WARMUP_STEPS))
-        )
     print(f"flowalign demo: f-distill of {_named(model)} into one step, seed {seed}")
     pipeline = config.pipeline.build(seed=seed)
     guided = teacher_of(config, pipeline) or pipeline

@@ -24,6 +24,7 @@ from flowalign import data, estimators, model_card, snapshots
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.env import note_made
+from flowalign.estimators import Estimator
 from flowalign.evaluate import monitors
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
@@ -52,7 +53,7 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     _check_prompts([*rewards, *(metric for metric in metrics if not isinstance(metric, str))], prompts)
     _check_best(config, rewards, metrics)
     distils = isinstance(config.algorithm, Settings)
-    estimator = None if distils else _estimator(config.advantage, [entry.weight for entry in config.rewards])
+    estimator = None if distils else estimator_of(config)
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
     if minibatches > config.train.groups:
         raise ConfigError(
@@ -130,8 +131,13 @@ def _check_best(config: RunConfig, rewards: Sequence[NamedReward], metrics: Sequ
         )
 
 
-def _estimator(spec: Any, weights: list[float]) -> Any:
-    """Build the estimator; rewards with weights tell it theirs."""
+def estimator_of(config: RunConfig) -> Estimator:
+    """Build a configuration's estimator; rewards with weights tell it theirs.
+
+    Raises:
+        ConfigError: If it is none, or takes no weights and there are some.
+    """
+    spec, weights = config.advantage, [entry.weight for entry in config.rewards]
     if isinstance(spec, str):
         spec = {"type": spec}
     if isinstance(spec, list):

@@ -16,6 +16,7 @@ from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.core.schedules import linear_sigmas
 from flowalign.evaluate.suites import Suite, check_name, suite
+from flowalign.run import estimator_of
 from flowalign.run_config import RunConfig, load_config
 from flowalign.suite_options import given_options, suite_options
 from flowalign.train.rehearsal import rehearse
@@ -323,7 +324,13 @@ def _rehearse(config: RunConfig) -> None:
     if isinstance(config.algorithm, Settings):
         return
     sigmas = linear_sigmas(config.pipeline.num_steps)
-    rehearse(config.algorithm.build(), sigmas, groups=config.train.groups, group_size=config.train.group_size)
+    rehearse(
+        config.algorithm.build(),
+        sigmas,
+        groups=config.train.groups,
+        group_size=config.train.group_size,
+        gives_targets=estimator_of(config).gives_targets,
+    )
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:

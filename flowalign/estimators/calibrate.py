@@ -117,7 +117,7 @@ def target_ratio(low: float = 0.2, high: float = 0.2, *, temperature: float = 1.
         target = torch.where(stats.rows(stats.is_flat) | torch.isnan(raw), 1.0, target)
         return replace(signal, target=target[:, 0])
 
-    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", adds="weights")
+    signature = Signature(rewards="one", rows="sample", phase="centred | scaled | calibrated", adds="weights | targets")
     return pure(signature, apply)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ class Estimator:
     def needs(self) -> frozenset[str]:
         """Tables of the batch that the stages cannot do without, besides rewards and ids."""
         return frozenset(table for stage in self.stages for table in stage.needs)
+
+    @property
+    def gives_targets(self) -> bool:
+        """Whether it gives ratios to reach, beside advantages."""
+        return "targets" in reduce(lambda kind, stage: stage.signature(kind), self.stages, START).marks
 
     def init(self) -> dict[str, State]:
         """Return the state to begin with, one entry for each stage that has one."""

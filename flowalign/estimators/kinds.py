@@ -10,7 +10,8 @@ axis           values                                 meaning
 ``phase``      ``reward``, ``centred``, ``scaled``,   how far the signal is on its way to an advantage
                ``calibrated``, ``probability``
 ``marks``      any of ``rewards``, ``groups``,        weighed: rewards or groups against one another, or everything by one
-               ``common``, ``shaped``, ``weights``    factor; rewards reshaped; weights or targets beside the rows
+               ``common``, ``shaped``, ``weights``,   factor; rewards reshaped; weights or targets beside the rows; ratios
+               ``targets``                            to reach among them
 =============  =====================================  ==================================================
 
 Some marks are undone by what does not see sizes: the standard deviation of each reward undoes every factor, that of all samples a common one,
@@ -36,6 +37,7 @@ MARKS = {
     "common": _UNDOES,
     "shaped": "it reads rewards of the batch as they came: shape nothing before it",
     "weights": "it makes new rows, whose samples' weights and targets would be lost: give those at the end",
+    "targets": "ratios to reach are given once",
 }
 """Marks, and the advice where one is refused."""
 FACTORS = "rewards | groups | common"

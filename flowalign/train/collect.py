@@ -99,6 +99,7 @@ class Collector:
             self.pipeline.sigmas(self.pipeline.num_steps),
             groups=self.config.groups,
             group_size=self.config.group_size,
+            gives_targets=self.estimator.gives_targets,
             num_processes=self.accelerator.num_processes,
         )
         self.state = self.estimator.init()

@@ -24,14 +24,20 @@ class Scorers:
     def __init__(self, *tables: Sequence[NamedReward], device: torch.device) -> None:
         self.tables = tables
         num_threads = torch.get_num_threads()
+        # Beside a rollout on the same cores: a second team of workers would take the first one's, and more workers than cores are put to sleep after
+        # every operation, for the rest of the run. Training took 1.8 times as long.
+        scoring_threads = 1 if device.type == "cpu" else num_threads
 
         def begin() -> None:
-            # Both are of a thread: a new one would take all cores, and the first device.
-            torch.set_num_threads(num_threads)
+            # Both are of a thread: a new one would take all cores, and the first device. Asking first keeps the start-up from undoing it.
+            torch.get_num_threads()
+            torch.set_num_threads(scoring_threads)
             if device.type != "cpu":
                 torch.accelerator.set_device_index(device.index or 0)
 
         self._here = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=begin)
+        self._here.submit(int).result()
+        torch.set_num_threads(num_threads)  # what one thread sets, later ones begin with
         far = sum(isinstance(entry.reward, Submits) for table in tables for entry in table)
         self._waiting = ThreadPoolExecutor(max(1, far), thread_name_prefix="rewards-elsewhere")
 

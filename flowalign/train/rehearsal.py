@@ -9,7 +9,9 @@ from flowalign.core.algorithm import Algorithm, Experience, Update
 from flowalign.core.rollout import rollout
 
 
-def rehearse(algorithm: Algorithm, sigmas: Tensor, *, groups: int, group_size: int, num_processes: int = 1) -> None:
+def rehearse(
+    algorithm: Algorithm, sigmas: Tensor, *, groups: int, group_size: int, gives_targets: bool = False, num_processes: int = 1
+) -> None:
     """Lay out the rows of a rollout of one number a sample, by a velocity of 0: sizes are as they will be, and nothing is computed.
 
     Args:
@@ -17,6 +19,7 @@ def rehearse(algorithm: Algorithm, sigmas: Tensor, *, groups: int, group_size: i
         sigmas: The rollout's grid, ``[steps + 1]``.
         groups: Prompts of a rollout.
         group_size: Initial states of each.
+        gives_targets: Whether the estimator gives ratios to reach.
         num_processes: Processes that share each group.
 
     Raises:
@@ -30,13 +33,12 @@ def rehearse(algorithm: Algorithm, sigmas: Tensor, *, groups: int, group_size: i
     )
     leaves = num * plan.num_leaves
     group = torch.arange(groups).repeat_interleave(group_size * plan.num_leaves)
-    reaches = getattr(getattr(algorithm, "link", None), "reaches_target", False)
     experience = Experience(
         trajectory=done,
         advantage=torch.zeros(leaves, 1),
         weight=torch.ones(leaves, 1),
         keep=torch.ones(leaves, dtype=torch.bool),
-        target=torch.ones(leaves, 1) if reaches else None,
+        target=torch.ones(leaves, 1) if gives_targets else None,
         prompt=group,
         group=group,
         sample=torch.arange(leaves) % (group_size * plan.num_leaves),

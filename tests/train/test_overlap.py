@@ -125,6 +125,23 @@ def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_step():
         scores.finish(IMAGES, PROMPTS, RECORDS)
 
 
+def test_scoring_takes_one_core_of_those_that_sample_and_leaves_the_others_theirs():
+    """Two teams of workers on the same cores put each other to sleep."""
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        torch.set_num_threads(2)
+        scores = Scorers([alone(lambda prompts, images: images.mean((1, 2, 3)))], device=CPU)
+        scores._here.submit(lambda: found.update(scoring=torch.get_num_threads())).result()
+        later = threading.Thread(target=lambda: found.update(later=torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == {"scoring": 1, "later": 2}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 calls = []
 
 
@@ -152,7 +169,7 @@ def test_a_run_scores_its_rollout_in_parts_and_finds_what_it_finds_of_all_at_onc
     assert len(sizes) > 1
     assert sum(sizes) == len(found.images)
     assert all(name.startswith("rewards") for name in threads)
-    assert set(nums) == {torch.get_num_threads()}
+    assert set(nums) == {1}
     texts = [prompt.text for prompt in trainer.draw(0) for _ in range(len(found.images) // 2)]
     records = [prompt.metadata for prompt in trainer.draw(0) for _ in range(len(found.images) // 2)]
     expected = score(trainer.rewards, found.images, texts, records)

@@ -194,9 +194,9 @@ def test_the_loss_of_bounded_ratios_is_the_distance_to_the_target_times_the_size
         ({**FLOW_GRPO, "link": "bounded_ratio"}, "grpo", "is bounded_ratio, but the estimator gives no ratios to reach"),
     ],
 )
-def test_targets_and_links_that_do_not_belong_together_are_refused(write_config, algorithm, advantage, message):
+def test_targets_and_links_that_do_not_belong_together_are_refused_before_the_first_rollout(write_config, algorithm, advantage, message):
     with pytest.raises(ValueError, match=message):
-        build(write_config, algorithm=algorithm, advantage=advantage).step(0)
+        build(write_config, algorithm=algorithm, advantage=advantage)
 
 
 def test_what_metrics_cannot_score_is_refused_before_anything_is_sampled(write_config):
