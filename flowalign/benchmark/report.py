@@ -134,8 +134,7 @@ def _over_seeds(values: Sequence[float], pattern: str = "{:.3f}") -> str:
 
 
 def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
-    reference = config.reference or next(iter(config.methods))
-    others = dict(zip(by_method, [None, *by_method], strict=False)) if reference == PREVIOUS else dict.fromkeys(by_method, reference)
+    reference, others = _others(config)
     rows = []
     for method, runs in by_method.items():
         if not runs:
@@ -143,7 +142,7 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
             continue
         last = [result["milestones"][-1] for _, result in runs]
         other = others[method]
-        versus = "" if other in (None, method) else (_added if reference == PREVIOUS else _versus)(config, by_method[other or method], runs)
+        versus = "" if other is None else (_added if reference == PREVIOUS else _versus)(config, by_method[other], runs)
         gain = compare_runs([(_base_of(config, cell), _records(config, cell)) for cell, _ in runs], measure=config.suite.headline)
         spent = [milestone["spent"]["evaluations"] for milestone in last]
         steps = [result["steps"] for _, result in runs]
@@ -162,6 +161,13 @@ def _scores(config: BenchmarkConfig, by_method: Runs) -> Table:
     against = "gain less that of the line above, over seeds" if reference == PREVIOUS else f"minus {reference}"
     columns = ("method", "seeds", _title(config), "gain over the base", against, "evaluations", "steps", "updates", "images")
     return Table(title="Score at the end of the budget", columns=columns, rows=rows)
+
+
+def _others(config: BenchmarkConfig) -> tuple[str, dict[str, str | None]]:
+    """Return what methods are compared with, and for each the method that this is; None for that one itself."""
+    reference = config.reference or next(iter(config.methods))
+    before = [None, *config.methods] if reference == PREVIOUS else [None if method == reference else reference for method in config.methods]
+    return reference, dict(zip(config.methods, before, strict=False))
 
 
 def _drift(config: BenchmarkConfig, by_method: Runs) -> Table:
@@ -193,25 +199,36 @@ def price(milestones: Sequence[Mapping[str, Any]], start: float, target: float, 
 
 
 def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
-    assert config.target is not None
+    reference, others = _others(config)
+    prices = {method: _prices_of(config, runs) for method, runs in by_method.items()}
     rows = []
-    for method, runs in by_method.items():
-        starts = [_base_of(config, cell).scores(config.suite.headline).overall.mean for cell, _ in runs]
-        unit = config.budget.unit
-        # A run that failed did not stay at anything to its end.
-        found = [
-            None if result.get("failed") else price(result["milestones"], start, config.target, unit)
-            for (_, result), start in zip(runs, starts, strict=True)
-        ]
-        known = [value for value in found if value is not None]
+    for method, found in prices.items():
+        known = [value for value in found.values() if value is not None]
         # An interval over the seeds that got there would be too kind to a method that often does not.
-        told = _on_log_scale(known) if known and len(known) == len(runs) else "" if not known else f"{min(known):.3g} at best"
-        rows.append([method, f"{len(known)} of {len(runs)}", told])
+        told = _on_log_scale(known) if known and len(known) == len(found) else "" if not known else f"{min(known):.3g} at best"
+        other = others[method]
+        pairs = [] if other is None else [(prices[other].get(seed), mine) for seed, mine in found.items()]
+        cheaper = [theirs / mine for theirs, mine in pairs if theirs and mine]
+        rows.append(
+            [method, f"{len(known)} of {len(found)}", told, _on_log_scale(cheaper) if cheaper and len(cheaper) == len(pairs) else ""]
+        )
+    against = "the line above's" if reference == PREVIOUS else f"{reference}'s"
     return Table(
         title=f"Price of a {_title(config)} of {config.target:g}",
-        columns=("method", "seeds that reached it", config.budget.unit),
+        columns=("method", "seeds that reached it", config.budget.unit, f"{against} over it, seed by seed"),
         rows=rows,
     )
+
+
+def _prices_of(config: BenchmarkConfig, runs: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[int, float | None]:
+    """Return the price of the target by training seed; None where it was not reached."""
+    assert config.target is not None
+    found: dict[int, float | None] = {}
+    for cell, result in runs:
+        start = _base_of(config, cell).scores(config.suite.headline).overall.mean
+        # A run that failed did not stay at anything to its end.
+        found[cell.seed] = None if result.get("failed") else price(result["milestones"], start, config.target, config.budget.unit)
+    return found
 
 
 def _on_log_scale(values: Sequence[float]) -> str:

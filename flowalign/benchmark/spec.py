@@ -198,7 +198,8 @@ class BenchmarkConfig:
     Attributes:
         output: Folder of cells and report.
         base: Training configuration that methods start from.
-        methods: Name of each method and what it changes: dotted keys of the training configuration, or ``base`` for another one.
+        common: What all methods change: dotted keys of the training configuration. A method's own changes come on top.
+        methods: Name of each method and what it changes: dotted keys, or ``base`` for another configuration.
         seeds: Training seeds.
         budget: What every run may spend.
         milestones: Times that a run is scored, at equal parts of the budget.
@@ -211,6 +212,7 @@ class BenchmarkConfig:
 
     output: Path = Path("runs/benchmark")
     base: str
+    common: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget
@@ -228,6 +230,8 @@ class BenchmarkConfig:
         twice = next((name for name in self.methods if slugs.count(_slug(name)) > 1), None)
         if twice is not None:
             raise ValueError(f"methods: {twice!r} and another name would share a folder; name them apart by letters or digits")
+        if "base" in self.common:
+            raise ValueError("common.base: is the benchmark's own key base")
         if self.reference not in (None, PREVIOUS, *self.methods):
             raise ValueError(f"reference: got {self.reference!r}, needed {PREVIOUS} or one of {', '.join(self.methods)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -272,7 +276,7 @@ class BenchmarkConfig:
     def _cell(self, method: str, phase: Phase, point: Mapping[str, Any], *, seed: int, amount: float, milestones: int) -> Cell:
         changes = dict(self.methods[method])
         base = str(changes.pop("base", self.base))
-        overrides = {**changes, **point}
+        overrides = {**self.common, **changes, **point}
         settings = configuration.encode(load_config(base, _words(overrides)))
         pipeline = {key: value for key, value in settings["pipeline"].items() if key != "lora"}
         pipeline["contents"] = _contents(Path(pipeline["model"]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from flowalign.benchmark import study
+from flowalign.benchmark import report, study
 from flowalign.benchmark.cell import run_cell
 from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.report import price
@@ -94,6 +94,8 @@ def in_process(monkeypatch):
         ({"methods": {"awm": {"train.learnin_rate": 1}}}, "methods.awm: .*did you mean 'learning_rate'"),
         ({"methods": {"awm": {"base": "absent"}}}, "methods.awm: absent: no such file"),
         ({"reference": "awn"}, "reference: got 'awn'"),
+        ({"common": {"base": "shapes_awm"}}, "common.base: is the benchmark's own key base"),
+        ({"common": {"train.learnin_rate": 1}}, "methods.awm: .*did you mean 'learning_rate'"),
         ({"seeds": [0, 0]}, "seeds: got"),
         ({"search": {"grid": {"train.learning_rate": 1e-3}}}, "needed a list of values"),
         ({"search": {"grid": {"train.learning_rate": [1e-3, 1e-4]}, "seed": 1}}, "a search on them would favour"),
@@ -337,6 +339,27 @@ def test_the_price_of_a_score():
     assert price(course, 0.2, 0.6, "flops") == pytest.approx(25.0)
     assert price(course, 0.2, 0.9, "flops") is None
     assert price(course, 0.4, 0.4, "flops") == 0.0
+
+
+def test_what_all_methods_change_is_written_once_and_a_method_s_own_changes_come_on_top(write):
+    config = load_benchmark(write(common={"train.learning_rate": 3e-4}, methods={"awm": {}, "faster": {"train.learning_rate": 1e-3}}), [])
+    assert [config.final(method, {}, 0).overrides["train.learning_rate"] for method in config.methods] == [3e-4, 1e-3]
+    alone = load_benchmark(write(methods={"awm": {"train.learning_rate": 3e-4}}), [])
+    assert config.final("awm", {}, 0).name == alone.final("awm", {}, 0).name
+
+
+@pytest.mark.parametrize(
+    ("reference", "heading", "ratio"), [(None, "awm's over it", "0.5 [0.5, 0.5]"), ("previous", "the line above's over it", "")]
+)
+def test_prices_are_compared_seed_by_seed(write, monkeypatch, reference, heading, ratio):
+    found = {"awm": {0: 100.0, 1: 200.0}, "late": {0: 300.0, 1: None}, "slow": {0: 200.0, 1: 400.0}}
+    config = load_benchmark(write(methods={name: {} for name in found}, target=0.9, reference=reference), [])
+    monkeypatch.setattr(report, "_prices_of", lambda config, runs: runs)
+    table = report._prices(config, found)
+    assert table.columns[-1] == f"{heading}, seed by seed"
+    assert [row[1] for row in table.rows] == ["2 of 2", "1 of 2", "2 of 2"]
+    # Not where a seed got nowhere, on either side.
+    assert [row[3] for row in table.rows] == ["", "", ratio]
 
 
 def test_a_run_that_diverges_counts_with_what_was_last_measured(write, in_process, monkeypatch, capsys):
