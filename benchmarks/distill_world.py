@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +33,7 @@ from flowalign.evaluate.report import Report, Table, write_report
 from flowalign.evaluate.statistics import seed_interval
 from flowalign.evaluate.suites import ShapesSuite
 from flowalign.generate import score_model
+from flowalign.going_on import take_over
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import run_training, teacher_of
 from flowalign.run_config import RunConfig, claim_folder, load_config
@@ -120,17 +120,6 @@ def configuration(output: Path, name: str, seed: int, steps: int | None, extra: 
     return load_config("shapes_f_distill", [*flags, *(["--steps", str(steps)] if steps is not None else [])])
 
 
-def start_from(warm: Path, folder: Path) -> None:
-    """Let a run go on from a finished warm-up; what it has done itself is kept."""
-    if (folder / "log.jsonl").is_file():
-        return
-    for part in ("checkpoints", "pairs", "best"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        if (warm / part).is_dir():
-            shutil.copytree(warm / part, folder / part)
-    shutil.copy(warm / "log.jsonl", folder / "log.jsonl")  # last: it says that the others are whole
-
-
 def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequence[str], threads: int) -> None:
     """Train and measure one student, unless that was done."""
     from safetensors.torch import load_file
@@ -142,7 +131,7 @@ def student(output: Path, name: str, seed: int, steps: int | None, extra: Sequen
         claim_folder(config)  # refuses a result of other settings
         return
     if name in DIVERGENCES:
-        start_from(configuration(output, WARM, seed, None, extra).output, config.output)
+        take_over(configuration(output, WARM, seed, None, extra).output, config)
     pipeline = config.pipeline.build(seed=config.seed)
     trainer = run_training(config, pipeline=pipeline)
     found = score_model(pipeline, suite(), num_steps=1, seed=0, title=f"{name}, seed {seed}", role=trainer.result)

@@ -39,7 +39,7 @@ def finite(images: Tensor) -> Tensor:
     if not bool(torch.isfinite(images).all()):
         raise NotFiniteError(
             "images: hold values that are not finite; the model has diverged, or the decoder's precision is too narrow. Lower train.learning_rate and "
-            "resume from the last checkpoint, or take pipeline.dtype bfloat16 or float32"
+            "go on from the last checkpoint (--from RUN), or take pipeline.dtype bfloat16 or float32"
         )
     return images
 

@@ -134,6 +134,7 @@ def lcsc(
         "num_prompts": len(chosen[0]),
         "images_per_prompt": images_per_prompt,
         "seed": seed,
+        "reward": sorted(reward) if reward else "the run's",
     }
     output.mkdir(parents=True, exist_ok=True)
     found = _search(output / "search.jsonl", settings, tables, metric, budget)
@@ -159,7 +160,7 @@ def read_checkpoints(run: Path) -> tuple[list[int], list[dict[str, Tensor]], dic
         ConfigError: If fewer than two are whole.
     """
     steps, tables, result = [], [], {}
-    for path in sorted((run / "checkpoints").glob("step_*[0-9]")):
+    for path in checkpoint.present(run / "checkpoints").values():
         try:
             step, state = checkpoint.load(path)
         except ValueError as error:
@@ -234,7 +235,7 @@ def _known(path: Path, settings: Mapping[str, Any]) -> dict[Coefficients, float]
         return {}
     head, *lines = path.read_text(encoding="utf-8").splitlines()
     if json.loads(head) != settings:
-        raise ConfigError(f"{path}: is a search with other checkpoints, prompts or seed; choose another --output, or remove it")
+        raise ConfigError(f"{path}: is a search with other checkpoints, prompts, rewards or seed; choose another --output, or remove it")
     return {tuple(line["coefficients"]): line["score"] for line in map(json.loads, lines)}
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from flowalign import config as configuration
 from flowalign import snapshots
+from flowalign.generate import student_steps
 from flowalign.run_config import RunConfig
 from flowalign.train.journal import read_log, write_atomically
 
@@ -18,13 +19,14 @@ CARD, PICTURE, BASE_PICTURE = "README.md", "samples.png", "samples_base.png"
 _ROWS = 10  # of the table, spread over the run
 
 
-def write(config: RunConfig, folder: Path, *, step: int) -> Path:
+def write(config: RunConfig, folder: Path, *, step: int, arguments: Mapping[str, Any]) -> Path:
     """Write the card beside weights, and the run's pictures with it.
 
     Args:
         config: The run's.
         folder: Where the weights are.
         step: Finished steps that the weights have.
+        arguments: What the run's own calls of the pipeline got: sizes, guidance, text length.
 
     Returns:
         The card.
@@ -42,7 +44,7 @@ def write(config: RunConfig, folder: Path, *, step: int) -> Path:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {config.output.name}",
         f"{'A LoRA of' if is_lora else 'All weights of'} `{base}` after {step} steps of {type(config.algorithm).__module__.rpartition('.')[2]}, seed {config.seed}.",
-        f"```python\n{_loading(base, is_lora=is_lora)}\n```",
+        f"```python\n{_usage(config, base, arguments, is_lora=is_lora)}\n```",
         "## Scores over the run",
         _table(lines, config),
         *(["## Samples", *(f"{caption}\n\n![{caption}]({name})" for name, caption in pictures.items())] if pictures else []),
@@ -60,10 +62,20 @@ def base_model(config: RunConfig) -> str:
     return Path(model).resolve().name if Path(model).expanduser().is_dir() else model
 
 
-def _loading(base: str, *, is_lora: bool) -> str:
-    if not is_lora:
-        return 'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("this folder")'
-    return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("this folder")'
+def _usage(config: RunConfig, base: str, arguments: Mapping[str, Any], *, is_lora: bool) -> str:
+    """Say how the weights are loaded, and how images like the run's are made; a distilled student has its own number of steps."""
+    spacing = vars(config.pipeline).get("timestep_spacing")  # of a variance-preserving model, which is sampled by DDIM
+    told = {"num_inference_steps": student_steps(config) or config.pipeline.num_steps, **arguments}
+    words = ", ".join(f"{name}={value!r}" for name, value in told.items() if isinstance(value, int | float | str))
+    lines = [
+        "from diffusers import DiffusionPipeline" if spacing is None else "from diffusers import DDIMScheduler, DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base if is_lora else "this folder"}")',
+        *(['pipe.load_lora_weights("this folder")'] if is_lora else []),
+        *([] if spacing is None else [f'pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="{spacing}")']),
+        f'image = pipe("a prompt", {words}).images[0]',
+    ]
+    return "\n".join(lines)
 
 
 def _table(lines: Sequence[Mapping[str, Any]], config: RunConfig) -> str:

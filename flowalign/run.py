@@ -26,6 +26,7 @@ from flowalign.core.distillation import Settings
 from flowalign.env import note_made
 from flowalign.estimators import Estimator
 from flowalign.evaluate import monitors
+from flowalign.going_on import take_over
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
 from flowalign.train import checkpoint
@@ -53,6 +54,8 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
     _check_prompts([*rewards, *(metric for metric in metrics if not isinstance(metric, str))], prompts)
     _check_best(config, rewards, metrics)
     distils = isinstance(config.algorithm, Settings)
+    if distils and metrics:
+        raise ConfigError("metrics: a distillation measures its rewards, and trains on none; put them there")
     estimator = None if distils else estimator_of(config)
     minibatches = getattr(config.algorithm, "num_minibatches", 1)
     if minibatches > config.train.groups:
@@ -192,14 +195,26 @@ def _reward_names(entries: Sequence[RewardConfig]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
-def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> Trainer:
-    """Train and save the weights into ``output/weights``."""
+def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None, source: Path | None = None) -> Trainer:
+    """Train and save the weights into ``output/weights``.
+
+    Args:
+        config: The run's.
+        pipeline: Its pipeline, where that is built already.
+        source: Folder of a run whose last checkpoint it goes on from; see `flowalign.going_on.take_over`.
+
+    Returns:
+        The trainer, with what it trained.
+    """
     _check_trackers(config.train.trackers)
     accelerator = _accelerator(config, cpu=pipeline is not None and pipeline.device.type == "cpu")
     # Built first: a mistake in the configuration must not claim a folder.
     trainer = build_trainer(config, accelerator, pipeline=pipeline)
     with alone_in(config.output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
+            taken = None if source is None else take_over(source, config)
+            if taken is not None:
+                print(f"going on from step {taken} of {source}")
             claim_folder(config)
             note_made(config.output)
         accelerator.wait_for_everyone()
@@ -218,7 +233,8 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None) -> 
         whole = unshared(trainer.pipeline)
         if whole is not None and accelerator.is_main_process:
             whole.save(config.output / "weights", trainer.result, notes=_notes(config))
-            model_card.write(config, config.output / "weights", step=read_log(config.output / "log.jsonl")[-1]["step"] + 1)
+            done = read_log(config.output / "log.jsonl")[-1]["step"] + 1
+            model_card.write(config, config.output / "weights", step=done, arguments=whole.family.arguments)
             print(f"weights: {config.output / 'weights'}")
             _save_best(trainer, config, whole)
         accelerator.end_training()
@@ -265,7 +281,7 @@ def _save_best(trainer: Trainer, config: RunConfig, pipeline: FlowPipeline) -> N
     last = copy.deepcopy(pipeline.roles.state_dict())
     pipeline.roles.load_state_dict(state["roles"])
     pipeline.save(config.output / "best_weights", trainer.result, notes={**_notes(config), "step": str(step)})
-    model_card.write(config, config.output / "best_weights", step=step)
+    model_card.write(config, config.output / "best_weights", step=step, arguments=pipeline.family.arguments)
     pipeline.roles.load_state_dict(last)
     print(f"best weights: {config.output / 'best_weights'} (step {step}: {trainer.best.by} {trainer.best.value:.4f})")
 
@@ -333,6 +349,6 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
     return watch
 
 
-def train(name: str, overrides: Sequence[str] = ()) -> None:
+def train(name: str, overrides: Sequence[str] = (), *, source: Path | None = None) -> None:
     """Train from a configuration; the command ``flowalign train``."""
-    run_training(load_config(name, overrides))
+    run_training(load_config(name, overrides), source=source)

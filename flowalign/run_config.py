@@ -13,6 +13,7 @@ from flowalign import config as configuration
 from flowalign import data, plugins, shapes
 from flowalign.config import ConfigError, Plugin
 from flowalign.core.distillation import Settings
+from flowalign.train.checkpoint import present
 from flowalign.train.journal import write_atomically
 from flowalign.train.settings import TrainConfig
 
@@ -189,7 +190,7 @@ def claim_folder(config: RunConfig) -> bool:
             raise ConfigError(
                 f"{config.output}: holds a run of another configuration (changed: {'; '.join(changed)}); choose another --output"
             )
-        done = max((int(folder.name.removeprefix("step_")) for folder in (config.output / "checkpoints").glob("step_*[0-9]")), default=0)
+        done = max(present(config.output / "checkpoints"), default=0)
         if done > config.steps:
             raise ConfigError(
                 f"steps: got {config.steps}, but {config.output} holds a run of {done} steps already; choose another --output"

@@ -85,8 +85,8 @@ class FDistill(Distiller):
             means = ", ".join(f"{value:.2f}" for value in state["calibration"][0].tolist())
             raise NeverReady(
                 f"f_distill: in {alone} steps of the critics alone the density ratio was not calibrated (mean ratios by noise level {means}, needed 0.5 to 2), "
-                "so the student never moved after its warm-up; lower discriminator.learning_rate or raise discriminator.r1, warm the student up for longer, "
-                "or take algorithm dmd2, which needs no ratio"
+                "so the student never moved after its warm-up; warm the student up for longer, or go on in another folder (--from RUN) with a lower "
+                "discriminator.learning_rate, a higher discriminator.r1 or more patience; algorithm dmd2 needs no ratio"
             )
         return False
 

@@ -52,15 +52,22 @@ def add_train(add: Add) -> None:
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see flowalign/configs)")
     train.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--field value", help="any field of the configuration, dotted: --train.groups 4"
+        "--from",
+        dest="source",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="go on from another run's last checkpoint, which stays as it is, with other rates, rewards or prompts",
     )
-    train.set_defaults(run=_train)
+    train.add_argument_group("--FIELD VALUE", "any field of the configuration, dotted: --train.groups 4")
+    train.usage = "flowalign train CONFIG [--from RUN] [--field value ...]"
+    train.set_defaults(run=_train, takes_fields=True)
 
 
 def _train(options: argparse.Namespace) -> None:
     from flowalign.run import train
 
-    train(options.config, options.overrides)
+    train(options.config, options.fields, source=options.source)
 
 
 def add_benchmark(add: Add) -> None:

@@ -114,7 +114,8 @@ class Settings:
             pipeline computes there.
         guidance_scale: Of the teacher; 1 for none. The student learns the guided teacher and is not guided itself.
         teacher_steps: Steps of the teacher's own samples; null for the pipeline's ``num_steps``.
-        num_pairs: The teacher's samples that are made at the start, in whole groups: the warm-up's targets, and what the discriminator holds for real.
+        num_pairs: The teacher's samples that are made at the start, in whole groups: the warm-up's targets, and what the discriminator holds for real. Matching
+            draws noise anew, but its prompts are those of these samples.
         warmup_steps: Steps in which the student alone is drawn to what the teacher made of the same noise; for K above 1 at its first rung.
         warmup_learning_rate: Of the student when the warm-up begins, moving linearly to ``train.learning_rate`` at its end; null for that one throughout.
             Regression bears far larger steps than the push between two scores that have to keep up with each other.

@@ -115,11 +115,16 @@ def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) ->
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: the checkpoint could not be written ({error}); the previous one is untouched") from error
-    present = sorted(folder.glob("step_*[0-9]"))
+    found = present(folder).values()
     # Later ones are broken, or this run would have gone on from them.
-    for stale in [path for path in present if path > final] + [path for path in present if path <= final][:-keep]:
+    for stale in [path for path in found if path > final] + [path for path in found if path <= final][:-keep]:
         shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def present(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of a folder by their number of finished steps, the oldest first."""
+    return {int(path.name.removeprefix("step_")): path for path in sorted(folder.glob("step_*[0-9]"))}
 
 
 def load(path: Path) -> tuple[int, Any]:
@@ -150,7 +155,7 @@ def load_newest(folder: Path) -> tuple[int, Any] | None:
     Raises:
         ValueError: If there are checkpoints and none is whole.
     """
-    found = sorted(folder.glob("step_*[0-9]"), reverse=True)
+    found = list(present(folder).values())[::-1]
     for path in found:
         try:
             return load(path)
@@ -165,3 +170,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state with JSON-friendly groups."""
     state = optimizer.state_dict()
     return {"state": state["state"], "param_groups": [dict(group) for group in state["param_groups"]]}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give an optimizer the moments of another; its rates and betas stay those of the configuration, which a run that goes on may have changed."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

@@ -329,7 +329,7 @@ class Trainer:
             if not math.isfinite(norm):
                 raise FloatingPointError(
                     f"step {step}, player {name!r}: the norm of its weights is {norm} (last finite: {self._last_finite}); this step is not saved. "
-                    f"Lower {_where(name)}.learning_rate, and resume from the last checkpoint"
+                    f"Lower {_where(name)}.learning_rate, and {self._go_on()}"
                 )
 
     def _diverged(self, player: str, step: int, what: str) -> Diverged:
@@ -342,8 +342,11 @@ class Trainer:
             )
         return Diverged(
             f"step {step}, player {player!r}: {what} (last finite: {self._last_finite}); it was not updated. "
-            f"Lower {_where(player)}.learning_rate or raise the penalties, and resume from the last checkpoint"
+            f"Lower {_where(player)}.learning_rate or raise the penalties, and {self._go_on()}"
         )
+
+    def _go_on(self) -> str:
+        return f"go on from the last checkpoint in another folder: flowalign train CONFIG --from {self.folder} --output OTHER"
 
     # -- run --------------------------------------------------------------------------------------------------------------------
 
@@ -431,7 +434,7 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.pipeline.roles.load_state_dict(sharding.share(state["roles"], self.pipeline.roles.state_dict()))
-        self.optimizer.load_state_dict(sharding.share_moments(state["optimizer"], self.optimizer))
+        checkpoint.restore_optimizer(self.optimizer, sharding.share_moments(state["optimizer"], self.optimizer))
         self.collector.state = state["estimator"]
         for name, head in self.heads.items():
             head.load_state_dict(state["heads"][name])
@@ -439,7 +442,7 @@ class Trainer:
             self.best.load_state_dict(state["best"])
         if FAKE in self.trained:
             self.state = dict(state["state"])
-            self.trained[FAKE].optimizer.load_state_dict(dict(state["fake"]))
+            checkpoint.restore_optimizer(self.trained[FAKE].optimizer, state["fake"])
         if isinstance(self.algorithm, HasHeads | Distillation):
             self.may_move, self.held_back = state["may_move"], state["held_back"]
             self.evidence = {
@@ -467,7 +470,10 @@ class Trainer:
         start = 0
         if found is not None:
             start, state = found
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise ValueError(f"{self.folder / 'checkpoints'}: does not fit this configuration: {error}") from error
         journal = Journal(self.folder / "log.jsonl", start=start, steps=steps, show=main) if main else None
         try:
             with stop_requests() as stop:
@@ -478,8 +484,8 @@ class Trainer:
                             utilisation = measure(self.pipeline, self.accelerator, self.config.peak_tflops)
                             self.clock.take()
                         line = self.step(step)
-                    except ConnectionError:
-                        # A reward server is gone, before anything of this step moved: what was trained must not be lost with it.
+                    except (ConnectionError, NeverReady):
+                        # A reward server is gone, or critics are never ready, before anything of this step moved: what was trained must not be lost.
                         if not self.sharded and step > start and step % self.config.checkpoint_every:
                             self._keep(step)
                         raise

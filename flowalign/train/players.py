@@ -15,6 +15,7 @@ from flowalign.core.algorithm import CURRENT, FEATURES, REFERENCE, HasHeads
 from flowalign.core.discriminators import Discriminator
 from flowalign.core.distillation import DISCRIMINATOR, FAKE, TEACHER
 from flowalign.train import checkpoint
+from flowalign.train.checkpoint import restore_optimizer
 from flowalign.train.protocols import Pipeline
 
 
@@ -48,7 +49,7 @@ class HeadPlayer(Player):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.bare.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        restore_optimizer(self.optimizer, state["optimizer"])
 
 
 def build_heads(algorithm: HasHeads, pipeline: Pipeline, accelerator: Accelerator, *, seed: int) -> dict[str, HeadPlayer]:

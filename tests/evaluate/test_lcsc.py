@@ -99,8 +99,9 @@ def test_a_search_that_was_interrupted_goes_on_and_ends_the_same(lora_run, searc
     assert again == summary
     assert (torn / "search.jsonl").read_text() == "".join(lines)
     assert len(calls) == 3 + 2  # three combinations were missing; the check scores two
-    with pytest.raises(ValueError, match="is a search with other checkpoints, prompts or seed"):
-        lcsc(lora_run, output=torn, budget=9, num_prompts=4, seed=1)
+    for other in ({"seed": 1}, {"reward": ["jpeg_size"]}):
+        with pytest.raises(ValueError, match="is a search with other checkpoints, prompts, rewards or seed"):
+            lcsc(lora_run, output=torn, budget=9, num_prompts=4, **other)
 
 
 def test_the_result_is_evaluated_and_sampled_like_a_run(searched, model):

@@ -11,15 +11,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from flowalign.algorithms import f_distill
 from flowalign.config import ConfigError
-from flowalign.core.algorithm import Update
+from flowalign.core.algorithm import NeverReady, Update
 from flowalign.core.ratios import identity
+from flowalign.evaluate import monitors
 from flowalign.evaluation import evaluate
 from flowalign.generate import open_model
 from flowalign.lcsc import lcsc
 from flowalign.run import build_trainer, run_training
 from flowalign.run_config import load_config
-from flowalign.train.checkpoint import load_newest
+from flowalign.train.checkpoint import load_newest, present
+from flowalign.train.fit import Alarmed
 from flowalign.train.journal import read_log
 from tests.train.launch import on_one_and_two_processes
 
@@ -285,15 +288,51 @@ def test_samples_of_the_teacher_that_were_cut_off_are_made_again(write_config):
 
 
 def test_two_processes_distil_like_one(write_config):
-    algorithm = {**F_DISTILL, "least_steps": 1, "warmup_steps": 1}
+    # A discriminator that says something at once: ratios of 1 would be the same however they are averaged.
+    judge = {"taps": [0.5], "width": 8, "learning_rate": 0.3}
+    algorithm = {**F_DISTILL, "least_steps": 1, "warmup_steps": 1, "discriminator": judge, "weights": {"num_bins": 2}}
     folders = on_one_and_two_processes(write_config, steps=3, train=SMALL, rewards=[], algorithm=algorithm)
     logs = [read_log(folder / "log.jsonl") for folder in folders]
+    assert abs(logs[0][1]["metrics"]["ratio/log_ratio"]) > 0.1
     for one, two in zip(*logs, strict=True):
         assert one["evaluations"] == two["evaluations"]
         assert one["metrics"].keys() == two["metrics"].keys()
         for name, value in one["metrics"].items():
             assert two["metrics"][name] == pytest.approx(value, rel=2e-2, abs=1e-3), name
     assert logs[0][0]["metrics"]["pair_error"] == pytest.approx(logs[1][0]["metrics"]["pair_error"], rel=1e-4)
+
+
+def test_an_alarm_stops_a_distillation_and_costs_no_weights(write_config, monkeypatch):
+    def alarms(lines, rewards):
+        return [monitors.Alarm(monitor="diversity", step=1, text="diversity falls")] if len(lines) > 1 else []
+
+    monkeypatch.setattr(monitors, "student_alarms", alarms)
+    path = settings(write_config, steps=5, algorithm={"warmup_steps": 5}, train={**SMALL, "stop_on_alarm": True})
+    with pytest.raises(Alarmed, match="stopped after step 2 of 5: diversity falls"):
+        run_training(load_config(str(path)))
+    output = load_config(str(path)).output
+    assert len(read_log(output / "log.jsonl")) == 2
+    assert (output / "weights").is_dir()
+
+
+def test_critics_that_are_never_ready_stop_the_run_with_its_warm_up_saved(write_config, monkeypatch):
+    monkeypatch.setattr(f_distill, "is_calibrated", lambda calibration: False)
+    algorithm = {"warmup_steps": 3, "least_steps": 1, "patience": 2}
+    path = settings(write_config, steps=12, algorithm=algorithm, train={**SMALL, "checkpoint_every": 10})
+    with pytest.raises(NeverReady, match="go on in another folder"):
+        run_training(load_config(str(path)))
+    output = load_config(str(path)).output
+    done = max(present(output / "checkpoints"))
+    assert done == len(read_log(output / "log.jsonl")) >= 3
+    monkeypatch.undo()
+    more = load_config(str(path), ["--algorithm.patience", "9", "--algorithm.weights.num_bins", "0", "--output", str(output) + "_on"])
+    run_training(more, source=output)
+    assert len(read_log(more.output / "log.jsonl")) == 12
+
+
+def test_metrics_are_refused_for_they_would_not_be_measured(write_config):
+    with pytest.raises(ConfigError, match="metrics: a distillation measures its rewards"):
+        build(write_config, metrics=["novelty"])
 
 
 def test_a_student_samples_in_one_step_from_its_file(write_config):

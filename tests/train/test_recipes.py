@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from flowalign.config import ConfigError, encode
-from flowalign.core.algorithm import Update
+from flowalign.core.algorithm import Update, sample_number
 from flowalign.core.plans import ode
+from flowalign.core.randomness import normal
 from flowalign.run import build_trainer
 from flowalign.run_config import load_config
 from tests.pipelines import families
@@ -23,6 +24,8 @@ SMALL = {
     "algorithm.num_pairs": 4,
     "algorithm.least_steps": 1,
     "algorithm.weights.num_bins": 1,  # so few samples would leave bins unseen
+    "rewards": "[]",
+    "train.keep_best_by": "null",
     "pipeline.num_steps": 4,
     "pipeline.dtype": "float32",
     "pipeline.gradient_checkpointing": "false",
@@ -58,6 +61,13 @@ def build(name, prompts, folder, *more):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_measures_its_student_and_keeps_the_best_one(name):
+    config = load_config(name)
+    assert [type(entry.reward).__module__.rpartition(".")[2] for entry in config.rewards] == [config.train.keep_best_by] == ["pickscore"]
+    assert config.train.stop_on_alarm
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_three_steps(prompts, tmp_path, name):
     config, built = build(name, prompts, tmp_path / "run", *(["--algorithm.warmup_steps", "1"] if "sdxl" in name else []))
     lines = [built.step(step) for step in range(3)]
@@ -80,7 +90,10 @@ def test_what_is_trained_at_the_last_rung_is_what_the_pipeline_decodes(prompts, 
     columns = {**rows.columns, "rung": torch.full_like(rows["rung"], student_steps - 1)}
     with torch.no_grad():
         made = built.algorithm.generate(replace(rows, columns=columns), found.velocity)
-    noise = rows["first"] / built.collector.spread
+    # Drawn here, not divided out of the rows: a first state that is not spread as the pipeline's must show.
+    pairs, chosen = found.experience, rows.sample
+    numbers = sample_number(pairs.group[chosen], pairs.sample[chosen])
+    noise = normal(pairs.x0.shape[1:], seed=0, purpose="student noise", step=0, prompts=pairs.prompt[chosen], samples=numbers)
     done = built.pipeline.rollout(found.velocity.cond.take(rows.sample), ode(student_steps), x_init=noise, noise=lambda step: noise)
     assert (made - done.x0).abs().max() < 2e-5 * done.x0.abs().max()
 
