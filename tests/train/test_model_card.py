@@ -20,7 +20,7 @@ def test_the_card_tells_base_scores_settings_and_shows_pictures(write_config, mo
     assert about == {"base_model": "sd3", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["lora", "flowalign"]}
     assert str(tmp_path) not in text
     assert 'from_pretrained("sd3")\npipe.load_lora_weights(' in text
-    assert "num_inference_steps=4, height=16, width=16, guidance_scale=1.0, max_sequence_length=16).images[0]" in text
+    assert "num_inference_steps=4, height=32, width=32, guidance_scale=1.0, max_sequence_length=16).images[0]" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     log = read_log(config.output / "log.jsonl")
     assert rows[0][:2] == ["step", "brightness"]
