@@ -60,15 +60,13 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     """Return the ASGI application that serves rewards.
 
     Args:
-        rewards: What is served, each under its name. Requests to one with a true ``compares_images``, whose score of an image depends on
-            the other images of the call, are never scored together.
+        rewards: What is served, each under its name. Requests to one that does not score each image by itself are never scored together.
         config: Limits and token; host and port are the caller's business.
     """
     fastapi = require("fastapi", "serve")
     responses = require("fastapi.responses", "serve")
     batcher = Batcher(
         rewards={entry.name: entry for entry in rewards},
-        alone=frozenset(entry.name for entry in rewards if getattr(entry.reward, "compares_images", False)),
         max_batch=config.max_batch,
         max_wait_s=config.max_wait_ms / 1000,
         max_queue=config.max_queue,
@@ -96,7 +94,8 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     async def listed(request: Any) -> Any:
         if not _allowed(request.headers.get("authorization"), config.token):
             return responses.JSONResponse({"error": "needs the header 'Authorization: Bearer TOKEN'"}, status_code=401)
-        return responses.JSONResponse({"protocol": wire.PROTOCOL, "rewards": list(batcher.rewards), "limits": asdict(config.limits)})
+        served = {"rewards": [entry.name for entry in rewards], "scores_alone": [entry.name for entry in rewards if entry.is_alone]}
+        return responses.JSONResponse({"protocol": wire.PROTOCOL, **served, "limits": asdict(config.limits)})
 
     async def alive(request: Any) -> Any:
         return responses.JSONResponse({"status": "alive"})
@@ -110,7 +109,7 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
 
     routes: tuple[tuple[str, str, Callable[[Any], Awaitable[Any]]], ...] = (
         ("POST", wire.SCORE_PATH, score),
-        ("GET", "/v1/rewards", listed),
+        ("GET", wire.REWARDS_PATH, listed),
         ("GET", "/healthz", alive),
         ("GET", "/readyz", ready),
         ("GET", "/metrics", metrics),

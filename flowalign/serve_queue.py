@@ -61,8 +61,7 @@ class Batcher:
     """Collects requests and scores them in batches, in one thread.
 
     Attributes:
-        rewards: By name.
-        alone: Names of rewards that compare the images of a call, whose requests are never mixed.
+        rewards: By name; requests to one that does not score each image by itself are never mixed.
         max_batch: Images scored together; a request is never split.
         max_wait_s: How long a request waits for others.
         max_queue: Images that may wait.
@@ -70,7 +69,6 @@ class Batcher:
     """
 
     rewards: Mapping[str, NamedReward]
-    alone: frozenset[str] = frozenset()
     max_batch: int = 32
     max_wait_s: float = 0.005
     max_queue: int = 1024
@@ -161,7 +159,7 @@ class Batcher:
     def _take(self, first: _Job) -> list[_Job]:
         """Remove the first job and others that can be scored with it from the queue."""
         taken, size = [first], len(first.request.images)
-        if not self.alone & set(first.names):
+        if all(self.rewards[name].is_alone for name in first.names):
             for job in list(self._waiting)[1:]:
                 if job.key == first.key and size + len(job.request.images) <= self.max_batch:
                     taken.append(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -44,6 +44,7 @@ class GenEvalSuite:
     num_prompts: int | None = None
     images_per_prompt: int = 4
     seed: int = 0
+    scores_alone: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

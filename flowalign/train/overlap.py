@@ -44,8 +44,8 @@ class Scorers:
 class StepScores:
     """The scores of one step, under way.
 
-    A reward that scores every image by itself is given each part at once; any other is given all images together at the end, in their order. Which
-    thread works, and when, changes no score.
+    A reward that scores every image by itself is given each part at once; any other is given all images together at the end, in their order (see
+    :mod:`flowalign.rewards.parts`). Which thread works, and when, changes no score.
 
     Attributes:
         tables: What images are scored by, and what else they are measured by: each makes a table of its own.
@@ -59,6 +59,10 @@ class StepScores:
     _rows: list[Tensor] = field(default_factory=list, repr=False)
     _found: dict[int, list[Future[Result]]] = field(default_factory=dict, repr=False)
     _worked: list[tuple[float, float]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        """Ask once which rewards may be given parts: one that works elsewhere may have to ask there."""
+        self._early = {number for number, entry in enumerate(self.rewards) if entry.is_alone}
 
     @property
     def rewards(self) -> list[NamedReward]:
@@ -76,7 +80,7 @@ class StepScores:
         """
         self._rows.append(rows)
         for number, entry in enumerate(self.rewards):
-            if not entry.is_alone:
+            if number not in self._early:
                 continue
             began = time.perf_counter()
             if isinstance(entry.reward, Submits):
@@ -107,7 +111,7 @@ class StepScores:
             ValueError: As :func:`flowalign.train.scoring.score`.
         """
         began = time.perf_counter()
-        late = {number: entry for number, entry in enumerate(self.rewards) if not entry.is_alone}
+        late = {number: entry for number, entry in enumerate(self.rewards) if number not in self._early}
         sent = {n: entry.reward.submit(images, prompts, metadata) for n, entry in late.items() if isinstance(entry.reward, Submits)}
         whole = {n: _call(entry, images, prompts, metadata)() for n, entry in late.items() if n not in sent}
         whole |= {number: wait() for number, wait in sent.items()}

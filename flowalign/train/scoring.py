@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowalign.rewards.parts import scores_alone
+
 
 @runtime_checkable
 class Scores(Protocol):
@@ -45,16 +47,6 @@ class Submits(Protocol):
         ...
 
 
-@runtime_checkable
-class ScoresAlone(Protocol):
-    """A reward whose score of an image depends on no other image of the call, where ``scores_alone`` is true."""
-
-    @property
-    def scores_alone(self) -> bool:
-        """Whether it may be given a step's images in parts, as they are done."""
-        ...
-
-
 Result = Tensor | Scores
 
 
@@ -68,8 +60,8 @@ class NamedReward:
 
     @property
     def is_alone(self) -> bool:
-        """Whether it may be given a step's images in parts."""
-        return isinstance(self.reward, ScoresAlone) and self.reward.scores_alone
+        """Whether it scores each image by itself; see :mod:`flowalign.rewards.parts`."""
+        return scores_alone(self.reward)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,33 @@ def test_scores_come_back_in_the_order_of_the_images():
         assert len(calls) == 3
 
 
+def test_images_of_a_prompt_are_sent_together_unless_the_server_or_the_config_says_otherwise():
+    prompts = list("ababa")
+    for alone, said, sizes in ((False, None, [3, 2]), (True, None, [2, 2, 1]), (False, True, [2, 2, 1]), (True, False, [3, 2])):
+        with peers.peer(peers.right, alone=alone) as (url, calls):
+            reward = client(url, batch_size=2, concurrency=1, scores_alone=said)
+            assert reward(IMAGES, prompts, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
+            sent = [wire.decode(body, wire.Limits()) for body in calls]
+            assert [len(request.images) for request in sent] == sizes
+            assert NamedReward(name="r", reward=reward).is_alone == (len(sizes) == 3)
+            if len(sizes) == 2:
+                assert [request.prompts for request in sent] == [["a"] * 3, ["b"] * 2]
+                assert [record["n"] for record in sent[0].metadata] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("listing", [[], {"rewards": "mean"}, {"rewards": ["mean"], "scores_alone": 1}, {}])
+def test_a_listing_that_is_none_is_refused(listing):
+    with pytest.raises(wire.Malformed, match="no listing"):
+        wire.read_listing(listing, None)
+
+
+def test_what_a_server_does_not_say_to_score_each_image_by_itself_does_not():
+    assert not wire.read_listing({"rewards": ["a"]}, None)
+    assert not wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, None)
+    assert wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, "a")
+    assert not wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, "b")
+
+
 PASSING = {
     "dies": peers.dies,
     "busy": peers.status(503, retry_after="0"),
