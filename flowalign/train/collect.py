@@ -26,6 +26,7 @@ from flowalign.train.rehearsal import rehearse
 from flowalign.train.scoring import NamedReward, RewardTable, score
 from flowalign.train.settings import TrainConfig
 from flowalign.train.tables import NOVELTY, Sampled, check_needs, extra_tables, features, learns_alone
+from flowalign.train.together import Together
 
 Metric = NamedReward | Literal["novelty"]
 
@@ -102,6 +103,7 @@ class Collector:
             num_processes=self.accelerator.num_processes,
         )
         self.state = self.estimator.init()
+        self.together = Together(accelerator=self.accelerator)
         self.evaluations: Counter[str] = Counter()
         measured = [[metric] for metric in self.metrics if not isinstance(metric, str)]
         self.scorers = Scorers(self.rewards, *measured, device=self.accelerator.device)
@@ -121,7 +123,7 @@ class Collector:
             scores = self.scorers.begin()
             sampled = self._sample(step, plan, mine, uid, sample_number(group, member), scores)
         with self.clock.phase("reward"):
-            (table, *others), hidden = scores.finish(sampled.images, sampled.prompts, sampled.metadata)
+            (table, *others), hidden = self.together(lambda: scores.finish(sampled.images, sampled.prompts, sampled.metadata))
             self.clock.add(HIDDEN, hidden)
             extra = self._extra_tables(sampled)
             names, measured = self._measure(sampled, others)
@@ -208,7 +210,8 @@ class Collector:
 
         def scored(x0: Tensor, images: Tensor) -> Tensor:
             texts, records = ([column[i] for i in images.tolist()] for column in (sampled.prompts, sampled.metadata))
-            return score(self.rewards, self.pipeline.decode(x0), texts, records).values
+            images = self.pipeline.decode(x0)
+            return self.together(lambda: score(self.rewards, images, texts, records).values)
 
         return extra_tables(self.estimator.needs, complete, scored, sampled, step_rewards=self.config.step_rewards)
 

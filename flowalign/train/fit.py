@@ -102,6 +102,7 @@ class Trainer:
         self.parameters = self.pipeline.roles.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self._last_finite = "none yet"
+        self.is_whole = False  # whether nothing of the step at hand has moved
         self.heads: dict[str, HeadPlayer] = {}
         self.state: dict[str, Tensor] = {}  # a distillation's statistics
         if isinstance(self.algorithm, HasHeads):
@@ -349,10 +350,13 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """Do one step: rollout, scoring and all its updates. Returns the step's log line."""
+        self.is_whole = True
         try:
             found = self.collect(step)
         except NotFiniteError as error:
+            self.is_whole = False
             raise self._diverged(CURRENT, step, "its images hold values that are not finite") from error
+        self.is_whole = False
         self.may_move = self._may_move()
         logged: list[dict[str, float]] = []
         with self.clock.phase("train"):
@@ -478,13 +482,12 @@ class Trainer:
                             utilisation = measure(self.pipeline, self.accelerator, self.config.peak_tflops)
                             self.clock.take()
                         line = self.step(step)
-                    except ConnectionError:
-                        # A reward server is gone, before anything of this step moved: what was trained must not be lost with it.
-                        if not self.sharded and step > start and step % self.config.checkpoint_every:
-                            self._keep(step)
+                    except Exception as error:
+                        if self.is_whole and step > start and step % self.config.checkpoint_every:
+                            self._keep_before(step)
+                        if isinstance(error, torch.OutOfMemoryError):
+                            raise exhausted(error, step, self.clock.phases) from error
                         raise
-                    except torch.OutOfMemoryError as error:
-                        raise exhausted(error, step, self.clock.phases) from error
                     alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
                     stopping = self._anywhere(stop.is_set()) or alarmed
                     if self.best is not None and self.best.look(line):
@@ -521,6 +524,14 @@ class Trainer:
             state = self.state_dict()
             if main:
                 checkpoint.save(self.folder / "checkpoints", step, state, keep=self.config.keep_checkpoints)
+
+    def _keep_before(self, step: int) -> None:
+        """Save what was trained before a step that failed while nothing had moved, as a reward may; where weights are shared, all must know of it."""
+        everybody = self.collector.together.has_failed
+        if everybody or not self.sharded:
+            self._keep(step)
+        if everybody:
+            self.accelerator.wait_for_everyone()  # who leaves first takes the others with him
 
     def _check_moved(self, steps: int) -> None:
         """Refuse to end a run in which critics never let anything move: its weights are those that it began with."""

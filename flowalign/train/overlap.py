@@ -84,7 +84,7 @@ class StepScores:
                 continue
             began = time.perf_counter()
             if isinstance(entry.reward, Submits):
-                future = self.waiting.submit(self._timed, entry.reward.submit(images, prompts, metadata), began)
+                future = self.waiting.submit(self._timed, _begun(entry.reward, images, prompts, metadata), began)
             else:
                 future = self.here.submit(self._timed, _call(entry, images, prompts, metadata))
             self._found.setdefault(number, []).append(future)
@@ -170,6 +170,19 @@ class Decoder:
 
 def _call(entry: NamedReward, images: Tensor, prompts: list[str], metadata: Records) -> Callable[[], Result]:
     return lambda: entry.reward(images, prompts, metadata)
+
+
+def _begun(reward: Submits, images: Tensor, prompts: list[str], metadata: Records) -> Callable[[], Result]:
+    """Ask another place; what goes wrong at once is told at the end as everything else, where all ranks listen."""
+    try:
+        return reward.submit(images, prompts, metadata)
+    except Exception as error:
+        failure = error
+
+    def fail() -> Result:
+        raise failure
+
+    return fail
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
