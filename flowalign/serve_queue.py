@@ -22,6 +22,10 @@ class QueueFull(Exception):
     """There is no room for the request now."""
 
 
+class TooMuch(Exception):
+    """The request is larger than the whole queue; it will never fit."""
+
+
 class DeadlinePassed(Exception):
     """The request was not scored in the time that its client waits."""
 
@@ -46,12 +50,13 @@ class _Job:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What ``/metrics`` shows; only ever raised, but for ``queued_images``."""
+    """What ``/metrics`` shows; only ever raised, but for what is queued."""
 
     requests: dict[int, int] = field(default_factory=dict)
     images: int = 0
     batches: int = 0
     queued_images: int = 0
+    queued_bytes: int = 0
     score_seconds: float = 0.0
     repeated: int = 0
 
@@ -65,6 +70,7 @@ class Batcher:
         max_batch: Images scored together; a request is never split.
         max_wait_s: How long a request waits for others.
         max_queue: Images that may wait.
+        max_queue_bytes: Bytes of images that may wait.
         remember: Finished requests whose replies are kept for repetitions.
     """
 
@@ -72,6 +78,7 @@ class Batcher:
     max_batch: int = 32
     max_wait_s: float = 0.005
     max_queue: int = 1024
+    max_queue_bytes: int = 2**30
     remember: int = 256
     counts: Counts = field(default_factory=Counts)
     failed: Callable[[BaseException], None] = lambda error: None
@@ -87,7 +94,8 @@ class Batcher:
         """Queue a request and wait for its scores.
 
         Raises:
-            QueueFull: If it does not fit into the queue.
+            TooMuch: If it would not fit into the empty queue either.
+            QueueFull: If it does not fit into the queue now.
             DeadlinePassed: If its time is over before it is scored.
             ValueError: If a reward refuses the images, prompts or records.
             RewardFailed: If a reward breaks.
@@ -96,7 +104,12 @@ class Batcher:
         if known is not None:
             self.counts.repeated += 1
             return await asyncio.shield(known)
-        if self.counts.queued_images + len(request.images) > self.max_queue:
+        num, size = len(request.images), request.images.nbytes
+        if num > self.max_queue or size > self.max_queue_bytes:
+            raise TooMuch(
+                f"{num} images of {size} bytes, needed at most {self.max_queue} images and {self.max_queue_bytes} bytes; send fewer at once"
+            )
+        if self.counts.queued_images + num > self.max_queue or self.counts.queued_bytes + size > self.max_queue_bytes:
             raise QueueFull
         now = time.monotonic()
         job = _Job(
@@ -108,7 +121,8 @@ class Batcher:
         )
         self._known[request.request_id] = job.done
         self._waiting.append(job)
-        self.counts.queued_images += len(request.images)
+        self.counts.queued_images += num
+        self.counts.queued_bytes += size
         self._arrived.set()
         try:
             return await asyncio.wait_for(asyncio.shield(job.done), request.deadline_s)
@@ -153,6 +167,11 @@ class Batcher:
                     job.done.set_exception(result)
                     job.done.exception()  # a client that has left must not make the loop complain
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more fits in."""
+        return self.counts.queued_images >= self.max_queue or self.counts.queued_bytes >= self.max_queue_bytes
+
     def _fitting(self, first: _Job) -> int:
         return sum(len(job.request.images) for job in self._waiting if job.key == first.key)
 
@@ -167,6 +186,7 @@ class Batcher:
         chosen = {id(job) for job in taken}
         self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
         self.counts.queued_images -= size
+        self.counts.queued_bytes -= sum(job.request.images.nbytes for job in taken)
         return taken
 
     def _is_wanted(self, job: _Job) -> bool:

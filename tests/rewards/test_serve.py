@@ -174,6 +174,42 @@ def test_a_full_queue_asks_to_come_back_and_the_client_does():
         assert sorted(answer.result().status_code for answer in answers) == [200] * 3 + [503] * 3
 
 
+def test_a_request_that_never_fits_is_told_so_at_once_and_not_sent_again():
+    images = torch.zeros(6, 3, 4, 4)
+    for options, said in (
+        ({"max_queue": 5}, "6 images of 288 bytes"),
+        ({"max_queue_bytes": 287}, "needed at most 1024 images and 287 bytes"),
+    ):
+        with serving(plain(code), **options) as url:
+            assert post(url, body(num=6)).status_code == 413
+            with pytest.raises(Refused, match=said):
+                remote.Config(servers=(url,), deadline_s=20).build()(images, ["1"] * 6, [{}] * 6)
+            assert 'status="413"} 2' in get(url + "/metrics").text  # asked once by each
+            assert remote.Config(servers=(url,), batch_size=5).build()(images, ["1"] * 6, [{}] * 6).values["reward"].tolist() == [1000] * 6
+
+
+def test_the_queue_is_bounded_in_bytes_too():
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(prompts, images):
+        begun.set()
+        gate.wait(10)
+        return code(prompts, images)
+
+    large = {"num": 1, "size": 8}  # 192 bytes
+    with serving(plain(slow), max_queue_bytes=400, max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(4) as pool:
+        first = pool.submit(post, url, body(start=1, **large))
+        assert begun.wait(10)  # it is being scored and no longer waits
+        waiting = [pool.submit(post, url, body(start=start, **large)) for start in (2, 3)]
+        while "flowalign_queued_bytes 384" not in get(url + "/metrics").text:
+            time.sleep(0.01)
+        assert post(url, body(start=4, **large)).status_code == 503
+        gate.set()
+        assert [answer.result().status_code for answer in (first, *waiting)] == [200] * 3
+        assert "flowalign_queued_bytes 0" in get(url + "/metrics").text
+        assert post(url, body(start=4, **large)).status_code == 200
+
+
 def test_deadlines_end_requests_and_free_the_queue():
     seen = []
 
