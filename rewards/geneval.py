@@ -15,7 +15,7 @@ from flowalign.rewards import clip, pixels
 from flowalign.rewards.geneval_detector import Detection, Detector
 from flowalign.rewards.geneval_detector import load as load_detector
 from flowalign.rewards.geneval_prompts import CLASSES, COLORS, check_record
-from flowalign.rewards.geneval_rules import Found, Verdict, clause_rows, judge, kept, threshold
+from flowalign.rewards.geneval_rules import CLAUSES, Found, Verdict, clause_rows, judge, kept, threshold
 from flowalign.rewards.scored import RewardScores
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -102,6 +102,7 @@ class GenEval:
     detector: Detector
     color_of: ColorNamer = field(repr=False)
     scores_alone: ClassVar[bool] = True
+    clause_names: ClassVar[tuple[str, ...]] = CLAUSES
 
     @property
     def detector_name(self) -> str:

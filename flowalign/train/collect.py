@@ -39,6 +39,8 @@ class Collected:
         experience: This rank's samples with their advantages, or its pairs.
         velocity: The network's velocity on these samples, under any role.
         rewards, metrics: Raw values of all ranks, ``[samples, columns]``, with their names.
+        own: This rank's rewards, with their clauses.
+        prompts, metadata: One for each of this rank's images.
         advantages: Of all ranks; None where nothing is compared.
         images: This rank's, ``[batch, 3, h, w]``.
         latents: What they were decoded from.
@@ -48,6 +50,9 @@ class Collected:
     velocity: Networks
     rewards: RewardTable
     metrics: RewardTable
+    own: RewardTable
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
     advantages: AdvantageBatch | None
     images: Tensor
     latents: Tensor
@@ -155,6 +160,9 @@ class Collector:
             velocity=Networks(pipeline=self.pipeline, cond=sampled.cond, heads=self.heads, count=count),
             rewards=replace(table, values=everyone.rewards, clauses=None, clauses_valid=None),
             metrics=RewardTable(names=names, values=everyone.rewards[:, :0] if everyone.metric is None else everyone.metric),
+            own=table,
+            prompts=sampled.prompts,
+            metadata=sampled.metadata,
             advantages=advantages,
             images=sampled.images,
             latents=sampled.trajectory.x0,

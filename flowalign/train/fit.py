@@ -66,7 +66,7 @@ class Trainer:
         seed: Seed of the run.
         folder: Run folder.
         accelerator: Devices and ranks.
-        after_step: Called with the finished step's line and images, on every rank.
+        after_step: Called with the finished step's line and what it was made of, on every rank.
         teacher: Of a distillation, the pipeline with the teacher's guidance; None for the same.
         distance_every: Steps between looks at the distance to the base, where no penalty measures it; None for none.
     """
@@ -81,7 +81,7 @@ class Trainer:
     folder: Path
     accelerator: Accelerator = field(default_factory=Accelerator)
     metrics: Sequence[Metric] = ()
-    after_step: Callable[[dict[str, Any], Tensor], None] | None = None
+    after_step: Callable[[dict[str, Any], Collected], None] | None = None
     teacher: Pipeline | None = None
     distance_every: int | None = None
 
@@ -393,7 +393,7 @@ class Trainer:
             "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
-            self.after_step(line, found.images)
+            self.after_step(line, found)
         return line
 
     def _norms(self, found: Collected) -> dict[str, float]:
