@@ -83,14 +83,18 @@ class Clip:
 
     def images(self, images: Tensor) -> Tensor:
         """Return unit embeddings ``[batch, d]`` of images ``[batch, 3, h, w]`` in [0, 1]; differentiable where the images are."""
-        size = self.model.config.vision_config.image_size
+        return in_batches(lambda part: self._seen(self._prepared(part)), images, self.batch_size)
+
+    def of_any_size(self, images: Sequence[Tensor]) -> Tensor:
+        """Return unit embeddings ``[image, d]`` of images ``[3, h, w]``, each of a size of its own, which share forwards all the same."""
+        return in_batches(self._seen, torch.cat([self._prepared(image[None]) for image in images]), self.batch_size)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        return pixels.prepare(images.to(self.device), size=self.model.config.vision_config.image_size)
+
+    def _seen(self, prepared: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
-
-        def encode(part: Tensor) -> Tensor:
-            seen = pixels.prepare(part.to(self.device), size=size)
-            return unit(pooled(self.model.get_image_features(pixel_values=seen.to(dtype))))
-
-        return in_batches(encode, images, self.batch_size)
+        return unit(pooled(self.model.get_image_features(pixel_values=prepared.to(dtype))))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return unit embeddings ``[batch, d]``; what is longer than the model reads is cut, with a warning."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,31 @@ def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, devi
     """Load a network for scoring: evaluation mode, frozen, on its device; see :func:`pretrained`."""
     model = pretrained(load, name, where, unneeded=unneeded, dtype=getattr(torch, dtype), output_loading_info=True)
     return model.eval().requires_grad_(False).to(device)
+
+
+def weights_name(name: str, model: Any = None) -> str:
+    """Name weights so that others are named otherwise: a hub id with its revision, a folder's name with the first digits of its weights' SHA-256.
+
+    Args:
+        name: Folder or hub id.
+        model: What was loaded from it, which knows the hub's revision; None where that does not matter.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        return f"{folder.resolve().name}@{_digest(tuple((file, file.stat().st_mtime_ns) for file in files))}"
+    revision = None if model is None else model.config._commit_hash
+    return f"{name}@{revision[:8]}" if revision else name
+
+
+@functools.cache
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()[:8]
 
 
 def file(name: str, where: str, *, get: str = "") -> Path:

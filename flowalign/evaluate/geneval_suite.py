@@ -21,6 +21,10 @@ class Judge(Protocol):
     def detector_name(self) -> str:
         """Name of the detector's weights."""
 
+    @property
+    def clip_name(self) -> str:
+        """Name of the weights that name colours."""
+
     def verdicts(self, images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """Judge images."""
 
@@ -48,10 +52,10 @@ class GenEvalSuite:
 
     @property
     def name(self) -> str:
-        """Return the split, the number of prompts where it is not all official ones, and the detector's weights: all that a score depends on."""
+        """Return the split, the number of prompts where it is not all official ones, and the weights of detector and colour namer: what a score depends on."""
         size = "" if self.split == "official" and self.num_prompts in (None, len(official())) else f" of {len(self._records())} prompts"
         split = "" if self.split == "official" else f"/{self.split}"
-        return f"geneval{split}{size}, detector {self.judged_by.detector_name}"
+        return f"geneval{split}{size}, detector {self.judged_by.detector_name}, colors {self.judged_by.clip_name}"
 
     @property
     def headline(self) -> str:
