@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowalign.evaluate.fidelity import kid_kernel
 from flowalign.evaluate.jackknife import by_prompt, jackknife
 from flowalign.evaluate.neighbourhoods import Manifold as Manifold
 from flowalign.evaluate.neighbourhoods import manifold as manifold
@@ -245,13 +246,13 @@ def two_sample_distance(features: Tensor, reference: Tensor, prompt_id: Sequence
     # Sums of the kernel over all partners: of a prompt over other prompts and over the reference, and of a reference image over both.
     within, across, within_y, across_y = (torch.zeros(size, dtype=torch.float64) for size in (num, num, others, others))
     for rows in torch.arange(len(x)).split(_ROWS):
-        mine, crossed = average[:, rows], _kernel(x[rows], y)
-        table = mine @ (_kernel(x[rows], x) @ average.T)
+        mine, crossed = average[:, rows], kid_kernel(x[rows], y)
+        table = mine @ (kid_kernel(x[rows], x) @ average.T)
         within += table.sum(1) - table.diagonal()
         across += mine @ crossed.sum(1)
         across_y += (mine @ crossed).sum(0)
     for rows in torch.arange(others).split(_ROWS):
-        table = _kernel(y[rows], y)
+        table = kid_kernel(y[rows], y)
         within_y[rows] = table.sum(1) - table[torch.arange(len(rows)), rows]
 
     def estimate(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int) -> Tensor:
@@ -261,7 +262,3 @@ def two_sample_distance(features: Tensor, reference: Tensor, prompt_id: Sequence
     without_x = estimate(xx - 2 * within, yy, xy - across, num - 1, others)
     without_y = estimate(xx, yy - 2 * within_y, xy - across_y, num, others - 1)
     return jackknife(float(estimate(xx, yy, xy, num, others)), without_x, without_y, confidence=confidence)
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
