@@ -37,7 +37,7 @@ REWARDS = [{"reward": "tests.train.test_failing.fragile"}, {"reward": {"type": "
 def left(path):
     """What a run has come to: its weights and its checkpoint's state."""
     folder = load_config(str(path)).output
-    (state,) = (folder / "checkpoints").glob("step_*/state.safetensors")
+    state = folder / "checkpoints" / "step_000004" / "state.safetensors"
     return load_file(folder / "weights" / "pytorch_lora_weights.safetensors"), load_file(state)
 
 
