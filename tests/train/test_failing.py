@@ -15,7 +15,7 @@ from tests.train.launch import launch
 
 TRAIN = {"groups": 2, "group_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 10}
 BROKEN = "FLOWALIGN_TEST_BROKEN"  # as what, at which call, on which rank
-DISTIL = {"type": "dmd2", "num_pairs": 16, "critic_updates": 1, "discriminator": {"taps": [0.5], "width": 8}}
+DISTIL = {"type": "dmd2", "num_pairs": 16, "critic_updates": 1, "least_steps": 1, "discriminator": {"taps": [0.5], "width": 8}}
 calls = []
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from flowalign import run, scored, shapes
 from flowalign.evaluate.records import read_evaluation
@@ -77,8 +78,7 @@ def test_pictures_are_those_of_their_records(write_config, tmp_path):
     for row, data in window.pictures.items():
         (tmp_path / "one.png").write_bytes(data)
         picture = Image.open(tmp_path / "one.png")
-        pixels = torch.tensor(list(picture.getdata())).T.reshape(3, *found.images.shape[2:])
-        assert torch.equal(pixels, (found.images[row] * 255).round().long())
+        assert torch.equal(pil_to_tensor(picture), (found.images[row] * 255).round().to(torch.uint8))
         assert window.found.records[row].prompt == found.prompts[row]
     verdict = shapes.verify(found.images, list(found.metadata))
     for record, holds, asked in zip(window.found.records, verdict.clauses.tolist(), verdict.clauses_valid.tolist(), strict=True):
@@ -95,7 +95,7 @@ def test_a_run_that_was_interrupted_records_what_a_whole_one_does(write_config, 
 
 
 def test_a_student_and_a_run_without_grids(write_config):
-    distil = {"type": "dmd2", "num_pairs": 16, "critic_updates": 1, "discriminator": {"taps": [0.5], "width": 8}}
+    distil = {"type": "dmd2", "num_pairs": 16, "critic_updates": 1, "least_steps": 0, "discriminator": {"taps": [0.5], "width": 8}}
     train = {"groups": 2, "group_size": 4, "micro_batch_size": 8}
     path = write_config("student", steps=1, algorithm=distil, train=train)
     run.train(str(path))
