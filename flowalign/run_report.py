@@ -162,7 +162,8 @@ def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) 
     if len(settings) > 1:
         first = next(iter(settings))
         changed = [[name, text] for name in list(settings)[1:] for text in configuration.differences(settings[first], settings[name])]
-        tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=changed))
+        told = changed or [["all", "none"]]
+        tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=told))
     return tables
 
 

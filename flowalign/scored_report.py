@@ -54,13 +54,13 @@ class Scored:
             if len(tags) > 1:
                 rows.append(["macro mean", *(str(score.overall) for score in scores.values())])
             counts = [f"{sum(score.num_images.values())} images of {sum(score.num_prompts.values())} prompts" for score in scores.values()]
-            rows.append(["of", *counts])
+            rows.append(["made of", *counts])
             tables.append(
                 Table(
                     title=f"{measure[:1].upper()}{measure[1:].replace('_', ' ')} by kind of prompt",
                     columns=("Kind", *scores),
                     rows=rows,
-                    caption=_CAPTION,
+                    caption="" if tables else _CAPTION,
                 )
             )
         return tables
