@@ -105,12 +105,12 @@ class GenEval:
     @property
     def detector_name(self) -> str:
         """Name the detector's weights."""
-        return weights_name(self.config.detector, self.detector.model)
+        return weights_name(self.config.detector)
 
     @property
     def clip_name(self) -> str:
         """Name the weights that name colours."""
-        return weights_name(self.config.clip, self.color_of.clip.model)
+        return weights_name(self.config.clip)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Refuse a prompt's record that cannot be judged, before anything is sampled."""

@@ -59,19 +59,16 @@ def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, devi
     return model.eval().requires_grad_(False).to(device)
 
 
-def weights_name(name: str, model: Any = None) -> str:
-    """Name weights so that others are named otherwise: a hub id with its revision, a folder's name with the first digits of its weights' SHA-256.
-
-    Args:
-        name: Folder or hub id.
-        model: What was loaded from it, which knows the hub's revision; None where that does not matter.
-    """
+def weights_name(name: str) -> str:
+    """Name weights so that others are named otherwise: a hub id with its revision in the cache, a folder with the first digits of its weights' SHA-256."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
         return f"{folder.resolve().name}@{_digest(tuple((file, file.stat().st_mtime_ns) for file in files))}"
-    revision = None if model is None else model.config._commit_hash
-    return f"{name}@{revision[:8]}" if revision else name
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return f"{name}@{Path(cached).parent.name[:8]}" if isinstance(cached, str) else name
 
 
 @functools.cache

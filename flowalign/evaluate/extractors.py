@@ -117,7 +117,7 @@ def encoder(name: str, *, size: int = 224, device: str | None = None) -> Extract
             f"extractor: {name!r} is a {type(model).__name__}, needed an image encoder whose last_hidden_state begins with a class token, such as "
             f"DINOv2 ({error})"
         ) from error
-    return Extractor(name=weights.weights_name(name, model), resize=f"short side to {size} px, bicubic, antialiased, middle", network=found)
+    return Extractor(name=weights.weights_name(name), resize=f"short side to {size} px, bicubic, antialiased, middle", network=found)
 
 
 class _Encoder(nn.Module):

@@ -1,6 +1,5 @@
 """The detector: post-processing against a literal reference, the converter, and colours and channels on a tiny Mask2Former."""
 
-import copy
 import shutil
 from pathlib import Path
 
@@ -318,12 +317,16 @@ def test_the_name_tells_weights_apart(folders, reward, tmp_path):
     assert name == f"geneval, detector {one}, colors {clip}"
 
 
-def test_a_hub_id_is_named_with_its_revision_where_that_is_known(reward):
-    model = copy.deepcopy(reward.detector.model)
-    assert weights.weights_name("facebook/mask2former", model) == "facebook/mask2former"
-    model.config._commit_hash = "0123456789abcdef"
-    assert weights.weights_name("facebook/mask2former", model) == "facebook/mask2former@01234567"
+def test_a_hub_id_is_named_with_its_revision_where_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert weights.weights_name("facebook/mask2former") == "facebook/mask2former"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--facebook--mask2former"
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    (folder / "snapshots" / revision / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    assert weights.weights_name("facebook/mask2former") == "facebook/mask2former@01234567"
 
 
 def test_colours_of_all_objects_share_forwards_and_are_those_of_each_alone(reward):
