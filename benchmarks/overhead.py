@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from flowalign import run
 from flowalign.env import hardware, versions
 from flowalign.run_config import RunConfig, load_config
+from flowalign.train.collect import Collected
 from flowalign.train.journal import read_log
 
 REFERENCE = "reference"
@@ -58,7 +59,7 @@ class Watch:
             held = {name: value.detach() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
             self.calls.append((self.trainer.pipeline.roles.active, torch.is_grad_enabled(), held))
 
-    def after_step(self, line: dict[str, Any], images: Tensor) -> None:
+    def after_step(self, line: dict[str, Any], found: Collected) -> None:
         """Check the number of rows, then time the same work without the library around it."""
         latents = "hidden_states"
         rows = Counter[tuple[str, bool]]()
@@ -72,8 +73,8 @@ class Watch:
         for role, gradient, arguments in self.calls:
             sampling = role != REFERENCE and not gradient
             taken["rollout" if sampling else "train"] += timed(lambda r=role, g=gradient, a=arguments: self._pass(r, g, a))
-        taken["decode"] = timed(lambda: self._decode(len(images)))
-        taken["reward"] = timed(lambda: self._score(images, line["step"]))
+        taken["decode"] = timed(lambda: self._decode(len(found.images)))
+        taken["reward"] = timed(lambda: self._score(found.images, line["step"]))
         self.trainer.optimizer.zero_grad(set_to_none=True)
         self.bare.append(taken)
         self.calls, self.pause = [], False

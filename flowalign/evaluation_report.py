@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.env import how_made
+from flowalign.evaluate import records
 from flowalign.evaluate.charts import Chart, Curve
-from flowalign.evaluate.records import MEASURES, Evaluation, Measure, value_of
+from flowalign.evaluate.records import MEASURES, Evaluation, Measure, Record, value_of
 from flowalign.evaluate.report import Gallery, Picture, Report, Table, comparisons, headline, score_rows, write_report
 from flowalign.images import picture_bytes
 
@@ -46,7 +47,7 @@ def write_evaluation(
         comparisons=[] if base is None or first not in (*MEASURES, tuned.headline) else comparisons(base, tuned),
         scores=[] if base is None else score_rows(base, tuned, measure=first),
         galleries=extremes(tuned, first),
-        charts=[_distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
+        charts=[distribution(measure, both, names[::-1]) for measure in measures if measure != "strict"],
         charts_title="Distributions",
         tables=[_by_tag(tuned, measure) for measure in (measures if base is None else measures[1:])] + list(tables),
         notes=notes,
@@ -61,23 +62,24 @@ def extremes(found: Evaluation, measure: Measure) -> list[Gallery]:
     assert found.images is not None
     # What is right or wrong has many equals; partial credit orders them.
     by = "graded" if measure == found.headline and "graded" in found.measures() else measure
-    valued = [(value, row) for row, record in enumerate(found.records) if (value := value_of(record, by)) is not None]
     galleries = []
-    for title, sign in (("Worst images", 1), ("Best images", -1)):
-        seen: dict[int, tuple[float, int]] = {}
-        for value, row in sorted(valued, key=lambda pair: (sign * pair[0], pair[1])):
-            seen.setdefault(found.records[row].id, (value, row))
+    for title, worst in (("Worst images", True), ("Best images", False)):
         pictures = []
-        for value, row in list(seen.values())[:_FEW]:
+        for value, row in records.extremes(found.records, by, worst=worst, most=_FEW):
             record = found.records[row]
-            clauses = [(name.replace("_", " "), holds) for name, holds in record.clauses.items()]
-            data = picture_bytes(found.images[row])
-            pictures.append(Picture(data=data, text=record.prompt, passed=found.passed(record), note=f"{by} {value:.3g}", clauses=clauses))
+            data, passed = picture_bytes(found.images[row]), found.passed(record)
+            pictures.append(Picture(data=data, text=record.prompt, passed=passed, note=f"{by} {value:.3g}", clauses=clauses_of(record)))
         galleries.append(Gallery(title=title, lead=f"By {by}, at most one of each prompt; of equal ones the first.", pictures=pictures))
     return galleries
 
 
-def _distribution(measure: Measure, both: Sequence[Evaluation], names: Sequence[str]) -> Chart:
+def clauses_of(record: Record) -> list[tuple[str, bool]]:
+    """Return the sub-checks of an image in words, and whether each holds."""
+    return [(name.replace("_", " "), holds) for name, holds in record.clauses.items()]
+
+
+def distribution(measure: Measure, both: Sequence[Evaluation], names: Sequence[str]) -> Chart:
+    """Draw the shares of images by their score, of one set of images or several."""
     values = [[value for record in found.records if (value := value_of(record, measure)) is not None] for found in both]
     low, high = min(map(min, values)), max(map(max, values))
     width = (high - low) / _BINS or 1.0

@@ -13,6 +13,7 @@ from torch import Tensor
 _GAP = 4  # pixels between the images of a grid
 _LINE = 14  # height of a line of caption in pixels
 _TEXT_SIZE = 11
+PNG = b"\x89PNG"  # what a PNG file begins with
 _TOLERANCE = 1e-3  # decoders may leave [0, 1] by rounding, not by more
 
 

@@ -23,6 +23,7 @@ from flowalign.evaluate.scores import Difference
 from flowalign.evaluate.statistics import paired_difference
 from flowalign.generate import generator_of, student_steps
 from flowalign.pipelines.base import FlowPipeline
+from flowalign.rewards.parts import cut
 from flowalign.run_config import RewardConfig, load_config
 from flowalign.suite_options import named_rewards
 from flowalign.train import checkpoint
@@ -60,14 +61,16 @@ class Metric:
         self.pipeline.roles.load(CURRENT, weights)
         rows = [(prompt, k) for prompt in self.prompts for k in range(self.images_per_prompt)]
         generate = generator_of(self.pipeline, self.num_steps, CURRENT)
+        alone = all(entry.is_alone for entry, _ in self.rewards)
+        parts = cut(range(len(rows)) if alone else [prompt.text for prompt, _ in rows], self.batch_size)
         totals = []
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            texts = [prompt.text for prompt, _ in part]
-            made = generate(texts, [(key(self.seed, "lcsc", prompt.uid), k) for prompt, k in part])
+        for part in [[rows[row] for row in chosen] for chosen in parts]:
+            texts, seeds = [prompt.text for prompt, _ in part], [(key(self.seed, "lcsc", prompt.uid), k) for prompt, k in part]
+            pieces = [slice(start, start + self.batch_size) for start in range(0, len(part), self.batch_size)]
+            made = torch.cat([generate(texts[piece], seeds[piece]) for piece in pieces])
             columns = [weight * self._column(entry, made, part) for entry, weight in self.rewards]
             totals.append(torch.stack(columns).sum(0))
-        return torch.cat(totals)
+        return torch.cat(totals)[torch.tensor([row for part in parts for row in part]).argsort()]
 
     def _column(self, entry: NamedReward, made: Tensor, part: Sequence[tuple[Prompt, int]]) -> Tensor:
         texts, records = [prompt.text for prompt, _ in part], [dict(prompt.metadata) for prompt, _ in part]

@@ -16,11 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 from flowalign import config as configuration
-from flowalign import data, estimators, model_card, snapshots
+from flowalign import data, estimators, model_card, scored, snapshots
 from flowalign.config import ConfigError
 from flowalign.core.distillation import Settings
 from flowalign.env import note_made
@@ -31,7 +30,7 @@ from flowalign.pipelines.base import FlowPipeline
 from flowalign.run_config import RewardConfig, RunConfig, claim_folder, load_config
 from flowalign.train import checkpoint
 from flowalign.train.best import WINDOW
-from flowalign.train.collect import Metric
+from flowalign.train.collect import Collected, Metric
 from flowalign.train.fit import Alarmed, Trainer
 from flowalign.train.journal import read_log
 from flowalign.train.scoring import ChecksRecords, NamedReward
@@ -309,8 +308,8 @@ def _settings(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value if isinstance(value, int | float | str | bool) else str(value)}
 
 
-def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -> Callable[[dict[str, Any], Tensor], None]:
-    """Return what a step ends with: monitors into its line, alarms onto the terminal, and a grid of samples where one is due."""
+def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -> Callable[[dict[str, Any], Collected], None]:
+    """Return what a step ends with: monitors into its line, alarms onto the terminal, and records and a grid of samples where they are due."""
     log = config.output / "log.jsonl"
     lines: list[dict[str, Any]] = []
     told: set[str] = set()
@@ -319,10 +318,10 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
         set() if measured else {name for name, entry in zip(_reward_names(config.rewards), config.rewards, strict=True) if entry.weight > 0}
     )
 
-    def watch(line: dict[str, Any], made: Tensor) -> None:
+    def watch(line: dict[str, Any], made: Collected) -> None:
         if not lines:
             lines.extend(earlier for earlier in read_log(log) if earlier["step"] < line["step"])
-        rows = monitors.features(made)
+        rows = monitors.features(made.images)
         if accelerator.num_processes > 1:
             everyone = accelerator.gather(rows.float().to(accelerator.device)).cpu().double()
             # Rank r holds rows r, r + world, ...
@@ -340,6 +339,8 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
                 tqdm.write(f"ALARM at step {alarm.step + 1}: {alarm.text} (look at samples and held-out rewards)")
             told.add(alarm.monitor)
         every, done = config.train.sample_every, line["step"] + 1
+        if accelerator.is_main_process and scored.is_due(done, config.steps, config.train):
+            scored.keep(config.output, done, made, seed=config.seed)
         if every and (accelerator.is_main_process or trainer.sharded) and (done % every == 0 or done == config.steps):
             with trainer.clock.phase("samples"):
                 snapshots.take(trainer, config, done)

@@ -19,6 +19,7 @@ from flowalign.evaluate.charts import Chart, curve_from_log
 from flowalign.evaluate.report import Gallery, Picture, Report, Share, Table, Work, write_report
 from flowalign.images import jpeg_bytes
 from flowalign.run_config import resolved
+from flowalign.scored_report import Scored
 from flowalign.train.journal import read_log
 
 Log = list[dict[str, Any]]
@@ -48,14 +49,16 @@ def report_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
     unknown = [name for name in names if not made[name]] if len(runs) == 1 else []
     flat = {name: [_flat(line) for line in log] for name, log in logs.items()}
     parts = list(dict.fromkeys(key for rows in flat.values() for row in rows for key in row if key != "step" and not key.endswith(_BAND)))
+    images = Scored(dict(zip(names, runs, strict=True)))
     report = Report(
         title="flowalign run" if len(runs) == 1 else f"{len(runs)} flowalign runs",
         subtitle=", ".join(f"{name} ({len(log)} steps)" for name, log in logs.items()),
-        galleries=[gallery for name, run in zip(names, runs, strict=True) for gallery in _over_time(run, name if len(runs) > 1 else "")],
-        charts=[_chart(part, flat) for part in parts],
+        galleries=[gallery for name, run in zip(names, runs, strict=True) for gallery in _over_time(run, name if len(runs) > 1 else "")]
+        + images.galleries(),
+        charts=[_chart(part, flat) for part in parts] + images.charts(),
         shares=_shares(next(iter(logs.values()))) if len(runs) == 1 else (),
         work=_work(next(iter(logs.values()))) if len(runs) == 1 else (),
-        tables=_tables(logs, settings) + _made_of_runs(made),
+        tables=images.tables() + _tables(logs, settings) + _made_of_runs(made),
         configuration=yaml.safe_dump(next(iter(settings.values())), sort_keys=False),
         **(made[names[0]][-1] if len(runs) == 1 and made[names[0]] else how_made()),
         notes=_notes(logs)
@@ -159,7 +162,8 @@ def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) 
     if len(settings) > 1:
         first = next(iter(settings))
         changed = [[name, text] for name in list(settings)[1:] for text in configuration.differences(settings[first], settings[name])]
-        tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=changed))
+        told = changed or [["all", "none"]]
+        tables.append(Table(title=f"Differences in configuration from {first}", columns=("Run", "Change"), rows=told))
     return tables
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from flowalign.config import ConfigError
 from flowalign.plugins import require
 from flowalign.rewards import wire
-from flowalign.serve_queue import Batcher, Counts, DeadlinePassed, QueueFull, RewardFailed
+from flowalign.serve_queue import Batcher, Counts, DeadlinePassed, QueueFull, RewardFailed, TooMuch
 from flowalign.suite_options import named_rewards
 from flowalign.train.scoring import NamedReward
 
@@ -30,7 +30,7 @@ class ServeConfig:
         host: Address; another than this machine's own needs a token.
         port: Port; 0 for any free one.
         token: Clients must send it as a bearer token; None for no token.
-        max_batch, max_wait_ms, max_queue: See :class:`flowalign.serve_queue.Batcher`.
+        max_batch, max_wait_ms, max_queue, max_queue_bytes: See :class:`flowalign.serve_queue.Batcher`.
         limits: Of one request.
         body_seconds: A client must have sent its request by then.
         max_connections: Connections at a time.
@@ -42,6 +42,7 @@ class ServeConfig:
     max_batch: int = 32
     max_wait_ms: float = 5.0
     max_queue: int = 1024
+    max_queue_bytes: int = 2**30
     limits: wire.Limits = field(default_factory=wire.Limits)
     body_seconds: float = 30.0
     max_connections: int = 512
@@ -52,26 +53,25 @@ class ServeConfig:
             raise ConfigError(f"host: {self.host} can be reached from elsewhere; set a token (--token-variable), or listen on 127.0.0.1")
         if self.token is not None and len(self.token) < 16:
             raise ConfigError("token: needed at least 16 characters")
-        if self.max_batch < 1 or self.max_queue < 1 or self.max_wait_ms < 0:
-            raise ConfigError("max_batch and max_queue: needed at least 1, and max_wait_ms of at least 0")
+        if min(self.max_batch, self.max_queue, self.max_queue_bytes) < 1 or self.max_wait_ms < 0:
+            raise ConfigError("max_batch, max_queue and max_queue_bytes: needed at least 1, and max_wait_ms of at least 0")
 
 
 def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     """Return the ASGI application that serves rewards.
 
     Args:
-        rewards: What is served, each under its name. Requests to one with a true ``compares_images``, whose score of an image depends on
-            the other images of the call, are never scored together.
+        rewards: What is served, each under its name. Requests to one that does not score each image by itself are never scored together.
         config: Limits and token; host and port are the caller's business.
     """
     fastapi = require("fastapi", "serve")
     responses = require("fastapi.responses", "serve")
     batcher = Batcher(
         rewards={entry.name: entry for entry in rewards},
-        alone=frozenset(entry.name for entry in rewards if getattr(entry.reward, "compares_images", False)),
         max_batch=config.max_batch,
         max_wait_s=config.max_wait_ms / 1000,
         max_queue=config.max_queue,
+        max_queue_bytes=config.max_queue_bytes,
         failed=lambda error: _log.error("a reward failed", exc_info=error),
     )
 
@@ -96,21 +96,21 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     async def listed(request: Any) -> Any:
         if not _allowed(request.headers.get("authorization"), config.token):
             return responses.JSONResponse({"error": "needs the header 'Authorization: Bearer TOKEN'"}, status_code=401)
-        return responses.JSONResponse({"protocol": wire.PROTOCOL, "rewards": list(batcher.rewards), "limits": asdict(config.limits)})
+        served = {"rewards": [entry.name for entry in rewards], "scores_alone": [entry.name for entry in rewards if entry.is_alone]}
+        return responses.JSONResponse({"protocol": wire.PROTOCOL, **served, "limits": asdict(config.limits)})
 
     async def alive(request: Any) -> Any:
         return responses.JSONResponse({"status": "alive"})
 
     async def ready(request: Any) -> Any:
-        full = batcher.counts.queued_images >= config.max_queue
-        return responses.JSONResponse({"status": "full" if full else "ready"}, status_code=503 if full else 200)
+        return responses.JSONResponse({"status": "full" if batcher.is_full else "ready"}, status_code=503 if batcher.is_full else 200)
 
     async def metrics(request: Any) -> Any:
         return responses.PlainTextResponse(_metrics(batcher.counts))
 
     routes: tuple[tuple[str, str, Callable[[Any], Awaitable[Any]]], ...] = (
         ("POST", wire.SCORE_PATH, score),
-        ("GET", "/v1/rewards", listed),
+        ("GET", wire.REWARDS_PATH, listed),
         ("GET", "/healthz", alive),
         ("GET", "/readyz", ready),
         ("GET", "/metrics", metrics),
@@ -138,6 +138,8 @@ async def _score(request: Any, batcher: Batcher, config: ServeConfig) -> tuple[i
         reply = await batcher.submit(asked)
     except _TooLarge:
         return 413, {"error": f"needs a body of at most {config.limits.max_bytes} bytes"}
+    except TooMuch as error:
+        return 413, {"error": str(error)}
     except QueueFull:
         return 503, {"error": "the queue is full; try again"}
     except DeadlinePassed:
@@ -176,6 +178,7 @@ def _metrics(counts: Counts) -> str:
         f"flowalign_repeated_requests_total {counts.repeated}",
         f"flowalign_score_seconds_total {counts.score_seconds:.6f}",
         f"flowalign_queued_images {counts.queued_images}",
+        f"flowalign_queued_bytes {counts.queued_bytes}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -22,6 +22,10 @@ class QueueFull(Exception):
     """There is no room for the request now."""
 
 
+class TooMuch(Exception):
+    """The request is larger than the whole queue; it will never fit."""
+
+
 class DeadlinePassed(Exception):
     """The request was not scored in the time that its client waits."""
 
@@ -46,12 +50,13 @@ class _Job:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What ``/metrics`` shows; only ever raised, but for ``queued_images``."""
+    """What ``/metrics`` shows; only ever raised, but for what is queued."""
 
     requests: dict[int, int] = field(default_factory=dict)
     images: int = 0
     batches: int = 0
     queued_images: int = 0
+    queued_bytes: int = 0
     score_seconds: float = 0.0
     repeated: int = 0
 
@@ -61,19 +66,19 @@ class Batcher:
     """Collects requests and scores them in batches, in one thread.
 
     Attributes:
-        rewards: By name.
-        alone: Names of rewards that compare the images of a call, whose requests are never mixed.
+        rewards: By name; requests to one that does not score each image by itself are never mixed.
         max_batch: Images scored together; a request is never split.
         max_wait_s: How long a request waits for others.
         max_queue: Images that may wait.
+        max_queue_bytes: Bytes of images that may wait.
         remember: Finished requests whose replies are kept for repetitions.
     """
 
     rewards: Mapping[str, NamedReward]
-    alone: frozenset[str] = frozenset()
     max_batch: int = 32
     max_wait_s: float = 0.005
     max_queue: int = 1024
+    max_queue_bytes: int = 2**30
     remember: int = 256
     counts: Counts = field(default_factory=Counts)
     failed: Callable[[BaseException], None] = lambda error: None
@@ -89,7 +94,8 @@ class Batcher:
         """Queue a request and wait for its scores.
 
         Raises:
-            QueueFull: If it does not fit into the queue.
+            TooMuch: If it would not fit into the empty queue either.
+            QueueFull: If it does not fit into the queue now.
             DeadlinePassed: If its time is over before it is scored.
             ValueError: If a reward refuses the images, prompts or records.
             RewardFailed: If a reward breaks.
@@ -98,7 +104,12 @@ class Batcher:
         if known is not None:
             self.counts.repeated += 1
             return await asyncio.shield(known)
-        if self.counts.queued_images + len(request.images) > self.max_queue:
+        num, size = len(request.images), request.images.nbytes
+        if num > self.max_queue or size > self.max_queue_bytes:
+            raise TooMuch(
+                f"{num} images of {size} bytes, needed at most {self.max_queue} images and {self.max_queue_bytes} bytes; send fewer at once"
+            )
+        if self.counts.queued_images + num > self.max_queue or self.counts.queued_bytes + size > self.max_queue_bytes:
             raise QueueFull
         now = time.monotonic()
         job = _Job(
@@ -110,7 +121,8 @@ class Batcher:
         )
         self._known[request.request_id] = job.done
         self._waiting.append(job)
-        self.counts.queued_images += len(request.images)
+        self.counts.queued_images += num
+        self.counts.queued_bytes += size
         self._arrived.set()
         try:
             return await asyncio.wait_for(asyncio.shield(job.done), request.deadline_s)
@@ -155,13 +167,18 @@ class Batcher:
                     job.done.set_exception(result)
                     job.done.exception()  # a client that has left must not make the loop complain
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more fits in."""
+        return self.counts.queued_images >= self.max_queue or self.counts.queued_bytes >= self.max_queue_bytes
+
     def _fitting(self, first: _Job) -> int:
         return sum(len(job.request.images) for job in self._waiting if job.key == first.key)
 
     def _take(self, first: _Job) -> list[_Job]:
         """Remove the first job and others that can be scored with it from the queue."""
         taken, size = [first], len(first.request.images)
-        if not self.alone & set(first.names):
+        if all(self.rewards[name].is_alone for name in first.names):
             for job in list(self._waiting)[1:]:
                 if job.key == first.key and size + len(job.request.images) <= self.max_batch:
                     taken.append(job)
@@ -169,6 +186,7 @@ class Batcher:
         chosen = {id(job) for job in taken}
         self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
         self.counts.queued_images -= size
+        self.counts.queued_bytes -= sum(job.request.images.nbytes for job in taken)
         return taken
 
     def _is_wanted(self, job: _Job) -> bool:

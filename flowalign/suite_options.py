@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]
     given = given_options(name, options)
     if name == "shapes":
         rewards = given.pop("reward", None)
-        scored = {} if rewards is None else {"score": scorer(named_rewards(rewards))}
+        scored = {} if rewards is None else {"score": Scorer(named_rewards(rewards))}
         return {**given, **scored, **({} if num_prompts else {"num_prompts": SHAPES_PROMPTS})}
     if name == "geneval":
         from flowalign.rewards.geneval import Config
@@ -89,7 +90,7 @@ def _of_prompts(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": Path(given["prompts"]).stem,
         "records": [prompt.metadata for prompt in prompts],
-        "score": scorer(rewards),
+        "score": Scorer(rewards),
     }
 
 
@@ -107,14 +108,21 @@ def named_rewards(texts: Sequence[str], option: str = "--reward") -> list[NamedR
     return [NamedReward(name=name, reward=entry.reward.build(), may_skip=True) for name, entry in zip(numbered, entries, strict=True)]
 
 
-def scorer(rewards: Sequence[NamedReward]) -> Callable[[Tensor, list[str], list[dict[str, Any]]], dict[str, Tensor]]:
-    """Return the function that the suite scores with: every reward's raw values by name."""
+@dataclass(frozen=True)
+class Scorer:
+    """What a suite scores with: every reward's raw values by name."""
 
-    def run(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
-        table = score(rewards, images, prompts, metadata)
+    rewards: Sequence[NamedReward]
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether all rewards score each image by itself."""
+        return all(entry.is_alone for entry in self.rewards)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Score images."""
+        table = score(self.rewards, images, prompts, metadata)
         return dict(zip(table.names, table.values.unbind(1), strict=True))
-
-    return run
 
 
 def write_geneval_prompts(path: Path, split: str, *, num: int, seed: int) -> Path:

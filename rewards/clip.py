@@ -36,6 +36,37 @@ def check_prompts(prompts: Sequence[str], where: str) -> None:
         )
 
 
+@dataclass(kw_only=True)
+class Lengths:
+    """Says once that a prompt is longer than a text encoder reads: what comes after is cut off, as the published code does without a word.
+
+    Attributes:
+        where: Name of the reward.
+        most: Tokens that the encoder reads, with those that it adds.
+        count: The tokens of a prompt, with those that the encoder adds.
+        has_warned: Whether it was said.
+    """
+
+    where: str
+    most: int
+    count: Callable[[str], int]
+    has_warned: bool = False
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Warn of the longest prompt, if it is too long and nothing was said yet."""
+        # A token holds a byte at least, and two are added.
+        long = [] if self.has_warned else [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) + 2 > self.most]
+        lengths = {prompt: self.count(prompt) for prompt in long}
+        longest = max(lengths, key=lengths.__getitem__, default="")
+        if lengths.get(longest, 0) > self.most:
+            self.has_warned = True
+            warnings.warn(
+                f"{self.where}: {longest[:40]!r}... has {lengths[longest]} tokens; the model reads the first {self.most}, as published, and the rest counts "
+                "for nothing (said once)",
+                stacklevel=3,
+            )
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Scale rows to length one, in float32."""
     return functional.normalize(embeddings.float(), dim=-1)
@@ -62,13 +93,13 @@ class Clip:
     Attributes:
         model: ``transformers.CLIPModel``, frozen.
         tokenizer: Its tokenizer.
-        where: Name of the reward, for messages.
+        lengths: Warns of long prompts.
         batch_size: Images of one forward.
     """
 
     model: Any
     tokenizer: Any
-    where: str
+    lengths: Lengths
     batch_size: int
 
     @property
@@ -83,27 +114,28 @@ class Clip:
 
     def images(self, images: Tensor) -> Tensor:
         """Return unit embeddings ``[batch, d]`` of images ``[batch, 3, h, w]`` in [0, 1]; differentiable where the images are."""
-        size = self.model.config.vision_config.image_size
+        return in_batches(lambda part: self._seen(self._prepared(part)), images, self.batch_size)
+
+    def of_any_size(self, images: Sequence[Tensor]) -> Tensor:
+        """Return unit embeddings ``[image, d]`` of images ``[3, h, w]``, each of a size of its own, which share forwards all the same."""
+        return in_batches(self._seen, torch.cat([self._prepared(image[None]) for image in images]), self.batch_size)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        return pixels.prepare(images.to(self.device), size=self.model.config.vision_config.image_size)
+
+    def _seen(self, prepared: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
-
-        def encode(part: Tensor) -> Tensor:
-            seen = pixels.prepare(part.to(self.device), size=size)
-            return unit(pooled(self.model.get_image_features(pixel_values=seen.to(dtype))))
-
-        return in_batches(encode, images, self.batch_size)
+        return unit(pooled(self.model.get_image_features(pixel_values=prepared.to(dtype))))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return unit embeddings ``[batch, d]``; what is longer than the model reads is cut, with a warning."""
-        length = self.model.config.text_config.max_position_embeddings
+        self.lengths.check(prompts)
 
         def encode(part: list[str]) -> Tensor:
-            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self.lengths.most, return_tensors="pt")
             chosen = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
             return unit(pooled(self.model.get_text_features(**chosen)))
 
-        long = sum(len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) > length for prompt in set(prompts))
-        if long:
-            warnings.warn(f"{self.where}: {long} prompts have more than {length} tokens; the model reads the first {length}", stacklevel=2)
         return of_each(encode, prompts, self.batch_size)
 
 
@@ -113,4 +145,10 @@ def load(model: str, tokenizer: str | None, where: str, *, dtype: str, device: s
 
     network = weights.network(CLIPModel.from_pretrained, model, where, dtype=dtype, device=weights.device_of(device))
     words = weights.pretrained(AutoTokenizer.from_pretrained, tokenizer or model, where)
-    return Clip(model=network, tokenizer=words, where=where, batch_size=batch_size)
+    lengths = Lengths(where=where, most=network.config.text_config.max_position_embeddings, count=lambda text: num_tokens(words, text))
+    return Clip(model=network, tokenizer=words, lengths=lengths, batch_size=batch_size)
+
+
+def num_tokens(tokenizer: Any, text: str) -> int:
+    """Count a text's tokens, with those that a tokenizer of transformers adds."""
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])

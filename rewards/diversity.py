@@ -52,7 +52,7 @@ class Diversity:
 
     config: Config
     encoder: Any = None
-    compares_images: ClassVar[bool] = True  # a server must not mix the images of several clients
+    scores_alone: ClassVar[bool] = False
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1].

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,8 +13,9 @@ from flowalign.rewards import clip, pixels
 from flowalign.rewards.geneval_detector import Detection, Detector
 from flowalign.rewards.geneval_detector import load as load_detector
 from flowalign.rewards.geneval_prompts import CLASSES, COLORS, check_record
-from flowalign.rewards.geneval_rules import Found, Verdict, clause_rows, judge, kept, threshold
+from flowalign.rewards.geneval_rules import CLAUSES, MAX_OBJECTS, Found, Verdict, clause_rows, judge, kept, threshold
 from flowalign.rewards.scored import RewardScores
+from flowalign.rewards.weights import weights_name
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = 0x99 / 255  # behind an object whose colour is asked for
@@ -79,12 +78,11 @@ class ColorNamer:
             self._classifiers[name] = clip.unit(rows.mean(1))
         return self._classifiers[name]
 
-    def __call__(self, image: Tensor, name: str, objects: Sequence[Detection]) -> list[str]:
-        """Name the colours of objects of one class in an image ``[3, h, w]``."""
-        if not objects:
-            return []
-        crops = torch.cat([self.clip.images(crop(image, one)[None]) for one in objects])
-        return [COLORS[index] for index in (crops @ self.classifier(name).T).argmax(1).tolist()]
+    def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+        """Name the colours of objects, ``[3, h, w]`` each, of a class each; they share forwards, whatever their classes and images."""
+        seen = self.clip.of_any_size(crops)
+        rows = torch.stack([self.classifier(name) for name in names])
+        return [COLORS[index] for index in (rows @ seen[:, :, None]).squeeze(2).argmax(1).tolist()]
 
 
 def crop(image: Tensor, found: Detection) -> Tensor:
@@ -102,11 +100,17 @@ class GenEval:
     detector: Detector
     color_of: ColorNamer = field(repr=False)
     scores_alone: ClassVar[bool] = True
+    clause_names: ClassVar[tuple[str, ...]] = CLAUSES
 
     @property
     def detector_name(self) -> str:
-        """Name the detector's weights: their hub id, or folder and hash."""
+        """Name the detector's weights."""
         return weights_name(self.config.detector)
+
+    @property
+    def clip_name(self) -> str:
+        """Name the weights that name colours."""
+        return weights_name(self.config.clip)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Refuse a prompt's record that cannot be judged, before anything is sampled."""
@@ -128,19 +132,17 @@ class GenEval:
             [CLASSES.index(clause["class"]) for part in ("include", "exclude") for clause in record.get(part, ())] for record in metadata
         ]
         found = self.detector(images, labels, [threshold(record["tag"]) for record in metadata])
-        return [judge(*self._objects(*each)) for each in zip(images, metadata, found, strict=True)]
+        asked = [self._colored(record, detections) for record, detections in zip(metadata, found, strict=True)]
+        crops = [crop(image, one) for image, some in zip(images, asked, strict=True) for one in some]
+        names = [CLASSES[one.label] for some in asked for one in some]
+        colors = iter(self.color_of(crops, names) if crops else ())
+        named = [{id(one): next(colors) for one in some} for some in asked]
+        return [judge(record, _objects(some, colored, record["tag"])) for record, some, colored in zip(metadata, found, named, strict=True)]
 
-    def _objects(
-        self, image: Tensor, record: Mapping[str, Any], found: Sequence[Detection]
-    ) -> tuple[Mapping[str, Any], dict[str, list[Found]]]:
-        wants_color = {clause["class"] for clause in record["include"] if "color" in clause}
-        objects: dict[str, list[Found]] = {}
-        for name in {CLASSES[one.label] for one in found}:
-            detections = [one for one in found if CLASSES[one.label] == name]
-            colors = self.color_of(image, name, detections[:16]) if name in wants_color else [None] * len(detections)
-            rows = [Found(box=one.box, score=one.score, color=color) for one, color in zip(detections, colors, strict=False)]
-            objects[name] = kept(rows, record["tag"])
-        return record, objects
+    def _colored(self, record: Mapping[str, Any], found: Sequence[Detection]) -> list[Detection]:
+        """Choose the objects whose colour is asked for, at most those that GenEval looks at of each class."""
+        wanted = {clause["class"] for clause in record["include"] if "color" in clause}
+        return [one for name in sorted(wanted) for one in [one for one in found if CLASSES[one.label] == name][:MAX_OBJECTS]]
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> RewardScores:
         """Score images ``[batch, 3, h, w]`` in [0, 1] against GenEval metadata."""
@@ -159,14 +161,9 @@ class GenEval:
         )
 
 
-def weights_name(name: str) -> str:
-    """Return a hub id as it is, and a folder as its name with the first digits of its weights' SHA-256."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while part := stream.read(2**20):
-                digest.update(part)
-    return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"
+def _objects(found: Sequence[Detection], colors: Mapping[int, str], tag: str) -> dict[str, list[Found]]:
+    """Lay an image's objects out by class, as the rules want them: highest score first, and no more than had their colours named."""
+    objects: dict[str, list[Found]] = {}
+    for one in found:
+        objects.setdefault(CLASSES[one.label], []).append(Found(box=one.box, score=one.score, color=colors.get(id(one))))
+    return {name: kept(rows, tag) for name, rows in objects.items()}

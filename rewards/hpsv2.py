@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,7 +52,15 @@ class Config:
             raise ValueError(f"hpsv2: {self.weights} does not hold the weights of {self.architecture}: {reason}") from error
         model = model.eval().requires_grad_(False).to(weights.device_of(self.device), getattr(torch, self.dtype))
         size = model.visual.image_size
-        return HPSv2(model, open_clip.get_tokenizer(self.architecture), size if isinstance(size, int) else size[0], self.batch_size)
+        tokenize = open_clip.get_tokenizer(self.architecture)
+        lengths = clip.Lengths(where="hpsv2", most=model.context_length, count=partial(num_tokens, tokenize))
+        return HPSv2(model, tokenize, size if isinstance(size, int) else size[0], self.batch_size, lengths)
+
+
+def num_tokens(tokenize: Callable[..., Tensor], text: str) -> int:
+    """Count a text's tokens, with the two that are added: open_clip's tokenizers fill up, here more than any text needs."""
+    row = tokenize([text], context_length=len(text.encode()) + 3)[0]
+    return 1 + int((row != row[-1]).nonzero().max())
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,14 @@ class HPSv2:
     tokenize: Callable[[list[str]], Tensor]
     size: int
     batch_size: int
+    lengths: clip.Lengths
     scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1] against their prompts."""
         pixels.check(images, prompts, "hpsv2")
         clip.check_prompts(prompts, "hpsv2")
+        self.lengths.check(prompts)
         parameter = next(self.model.parameters())
 
         def seen(part: Tensor) -> Tensor:

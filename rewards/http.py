@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowalign.plugins import require
@@ -47,9 +47,17 @@ class Answer:
             raise ValueError(f"{self.server}: answered what is not JSON: {self.body[:80]!r}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    method: str
+    path: str
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(kw_only=True)
 class Client:
-    """Posts to the first server that answers.
+    """Asks the first server that answers.
 
     Attributes:
         servers: Base addresses, tried in turn; who answered is asked first the next time, who failed is not.
@@ -89,6 +97,13 @@ class Client:
             Refused: If all servers refuse the request as wrong, or ``check`` raises it.
             Unavailable: If no server gave a good answer before the deadline; says what each last did.
         """
+        return self._first_good(_Request(method="POST", path=path, body=body, headers={"content-type": content_type}), check)
+
+    def get(self, path: str, *, check: Callable[[Answer], Any] = lambda answer: answer) -> Any:
+        """Get and return what ``check`` makes of the first good answer; as :meth:`post`."""
+        return self._first_good(_Request(method="GET", path=path), check)
+
+    def _first_good(self, request: _Request, check: Callable[[Answer], Any]) -> Any:
         end = time.monotonic() + self.deadline_s
         last: dict[str, str] = {}
         willing = [(self._first + place) % len(self.servers) for place in range(len(self.servers))]
@@ -98,7 +113,7 @@ class Client:
             for place, index in enumerate(asked := tuple(willing)):
                 attempts += 1
                 try:
-                    found = check(self._ask(index, path, body, content_type, (end - time.monotonic()) / (len(asked) - place)))
+                    found = check(self._ask(index, request, (end - time.monotonic()) / (len(asked) - place)))
                     self._first = index
                     return found
                 except Refused:
@@ -123,17 +138,14 @@ class Client:
             time.sleep(pause)
         raise Unavailable(f"{self.where}: no answer within {self.deadline_s:g} s after {attempts} attempts ({story})")
 
-    def _ask(self, index: int, path: str, body: bytes, content_type: str, within_s: float) -> Answer:
+    def _ask(self, index: int, request: _Request, within_s: float) -> Answer:
         """Ask one server once.
 
         Raises:
             _Unsuccessful: If it answers with another status than success.
             TimeoutError: If the whole answer was not there in time.
         """
-        headers = {"content-type": content_type, **(self.headers or {})}
-        if self.token is not None:
-            headers["authorization"] = f"Bearer {self.token}"
-        asking = asyncio.wait_for(self._read(self.servers[index].rstrip("/"), path, body, headers), max(0.001, within_s))
+        asking = asyncio.wait_for(self._read(self.servers[index].rstrip("/"), request), max(0.001, within_s))
         try:
             answer = asyncio.run_coroutine_threadsafe(asking, self._loop).result()
         except TimeoutError as error:
@@ -142,8 +154,12 @@ class Client:
             raise _Unsuccessful(answer)
         return answer
 
-    async def _read(self, server: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        async with self._http.stream("POST", server + path, content=body, headers=headers, timeout=None) as response:
+    async def _read(self, server: str, request: _Request) -> Answer:
+        headers = {**request.headers, **(self.headers or {})}
+        if self.token is not None:
+            headers["authorization"] = f"Bearer {self.token}"
+        url = server + request.path
+        async with self._http.stream(request.method, url, content=request.body, headers=headers, timeout=None) as response:
             parts: list[bytes] = []
             size = 0
             async for part in response.aiter_bytes():

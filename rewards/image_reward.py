@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,7 +64,8 @@ class Config:
         device, dtype = weights.device_of(self.device), getattr(torch, self.dtype)
         for tower in (image_tower, text_tower):
             tower.eval().requires_grad_(False).to(device, dtype)
-        return ImageReward(image_tower, text_tower, heads.fold(state, "mlp.layers.", where), words, self.batch_size)
+        lengths = clip.Lengths(where="image_reward", most=MAX_TOKENS, count=partial(clip.num_tokens, words))
+        return ImageReward(image_tower, text_tower, heads.fold(state, "mlp.layers.", where), words, self.batch_size, lengths)
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ class ImageReward:
     head: heads.Affine
     tokenizer: Any
     batch_size: int
+    lengths: clip.Lengths
     scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1] against their prompts; what is longer than 35 tokens is cut, as published."""
         pixels.check(images, prompts, "image_reward")
         clip.check_prompts(prompts, "image_reward")
+        self.lengths.check(prompts)
         options = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
         device = next(self.text_tower.parameters()).device
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):

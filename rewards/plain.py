@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.rewards import parts
+
 
 @dataclass(frozen=True)
 class PlainReward:
@@ -31,7 +33,7 @@ class PlainReward:
     @property
     def scores_alone(self) -> bool:
         """Whether the function says, by an attribute of this name, that its score of an image depends on no other image of the call."""
-        return bool(getattr(self.function, "scores_alone", False))
+        return parts.scores_alone(self.function)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1].

@@ -8,14 +8,15 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flowalign.rewards import pixels, wire
-from flowalign.rewards.http import Answer, Client, Unavailable
+from flowalign.rewards.http import Answer, Client, Refused, Unavailable
+from flowalign.rewards.parts import cut
 from flowalign.rewards.scored import RewardScores
 
 
@@ -26,10 +27,14 @@ class Config:
     A request is repeated, after random growing pauses and with the next server first, until its deadline; a server scores a repeated request
     once. Replies are checked: another number of scores, or ones that are not finite, count as a failure.
 
+    Where the reward compares images of a prompt with each other, as the server says or ``scores_alone``, they are sent in one request, however many
+    they are; else requests are cut anywhere.
+
     Attributes:
         servers: Base addresses, such as ``http://127.0.0.1:8100``; the first that answers is asked first from then on.
         reward: The reward's name at the server; null where it serves one.
         batch_size: Images of one request.
+        scores_alone: Whether the reward scores each image by itself; null asks the server, for whom what it does not say means no.
         concurrency: Requests at a time.
         deadline_s: Of one request, with all its repetitions.
         on_failure: "stop" stops the run, which saves its state; "skip" marks the samples invalid (NaN, so ``may_skip: true`` belongs
@@ -40,6 +45,7 @@ class Config:
     servers: tuple[str, ...] = ("http://127.0.0.1:8100",)
     reward: str | None = None
     batch_size: int = 16
+    scores_alone: bool | None = None
     concurrency: int = 4
     deadline_s: float = 120.0
     on_failure: Literal["stop", "skip"] = "stop"
@@ -70,7 +76,23 @@ class Remote:
     config: Config
     client: Client
     pool: ThreadPoolExecutor
-    scores_alone: ClassVar[bool] = True
+    told: list[bool] = field(default_factory=list, repr=False)  # what a server said of ``scores_alone``, once one has
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the reward scores each image by itself, as configured or as a server says; False as long as none answers."""
+        if self.config.scores_alone is not None:
+            return self.config.scores_alone
+
+        def read(answer: Answer) -> bool:
+            return wire.read_listing(answer.json(), self.config.reward)
+
+        if not self.told:
+            try:
+                self.told.append(self.client.get(wire.REWARDS_PATH, check=read))
+            except (Unavailable, Refused):
+                return False  # sending the images says so
+        return self.told[0]
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> RewardScores:
         """Score images ``[batch, 3, h, w]`` in [0, 1].
@@ -84,12 +106,10 @@ class Remote:
     def submit(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> _Pending:
         """Start scoring and return at once; calling the result waits for the scores."""
         pixels.check(images, prompts, "remote reward")
-        flat, size = pixels.to_bytes(images).cpu(), self.config.batch_size
-        parts = [
-            self.pool.submit(self._ask, flat[start : start + size], prompts[start : start + size], metadata[start : start + size])
-            for start in range(0, len(flat), size)
-        ]
-        return _Pending(parts)
+        flat = pixels.to_bytes(images).cpu()
+        parts = cut(range(len(flat)) if self.scores_alone else prompts, self.config.batch_size)
+        sent = [self.pool.submit(self._ask, flat[rows], [prompts[row] for row in rows], [metadata[row] for row in rows]) for rows in parts]
+        return _Pending(sent, torch.tensor([row for rows in parts for row in rows]).argsort())
 
     def _ask(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Part:
         request_id = uuid.uuid4().hex
@@ -121,6 +141,7 @@ class Remote:
 @dataclass(frozen=True)
 class _Pending:
     parts: Sequence[Future[Part]]
+    order: Tensor
 
     def __call__(self) -> RewardScores:
         found = [part.result() for part in self.parts]
@@ -132,4 +153,5 @@ class _Pending:
             flags = [row for reply in replies if reply is not None for row in reply.clauses_valid or ()]
             clauses = torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)
             valid = torch.tensor(flags, dtype=torch.bool)
-        return RewardScores(values={"reward": values}, clauses=clauses, clauses_valid=valid)
+            clauses, valid = clauses[self.order], valid[self.order]
+        return RewardScores(values={"reward": values[self.order]}, clauses=clauses, clauses_valid=valid)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flowalign.shapes.verifier import check_record, verify
+from flowalign.shapes.verifier import CLAUSES, check_record, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class ShapesReward:
 
     config: Config
     scores_alone: ClassVar[bool] = True
+    clause_names: ClassVar[tuple[str, ...]] = CLAUSES
 
     def check(self, record: dict[str, Any]) -> None:
         """Refuse a prompt's record that cannot be verified, before anything is sampled."""

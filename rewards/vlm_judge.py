@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from flowalign.rewards.http import Answer, Client
 
 RATING = (
     "Does the image show what this caption says, and is it a good picture? Caption: {prompt}\n"
-    'Answer with JSON only: {{"score": N}}, where N is a number from {low:g} (bad) to {high:g} (perfect).'
+    'Answer with JSON only: {"score": N}, where N is a number from {low} (bad) to {high} (perfect).'
 )
 YES_NO = "Does this image show the following? {prompt}\nAnswer yes or no."
 
@@ -32,14 +33,14 @@ class Config:
     """Asks a judge about every image at temperature 0.
 
     An answer that cannot be read makes the sample invalid (NaN, so ``may_skip: true`` belongs beside this reward), never 0; more than
-    ``max_invalid`` of them in one call stop the run.
+    ``max_invalid`` of them among the last ``window`` answers, over all calls, stop the run.
 
     Attributes:
         model: The model's name at the server.
         url: Base address, with the version: ``http://127.0.0.1:8000/v1`` for vLLM and SGLang.
         answer: "rating" asks for JSON ``{"score": N}`` and scales N to [0, 1]; "yes_no" is P(yes) / (P(yes) + P(no)) of the first token, for
             which the server must return log-probabilities.
-        question: The question, with ``{prompt}`` (and ``{low}``, ``{high}``) in it; null for ours.
+        question: The question, with ``{prompt}`` (and ``{low}``, ``{high}``) in it; all other braces stay as they are. Null for ours.
         low, high: Ends of the rating.
         structured: Ask the server to enforce the JSON schema; false for servers that cannot.
         image_side: Images are scaled down to this many pixels of the longer side; null sends them as they are.
@@ -47,7 +48,8 @@ class Config:
         concurrency: Requests at a time.
         deadline_s: Of one answer, with all retries.
         token_variable: Environment variable that holds the server's token.
-        max_invalid: Share of answers of one call that may be unreadable.
+        max_invalid: Share of answers that may be unreadable.
+        window: Answers over which that share is taken: the last so many, all as long as there are fewer, and at least those of the call at hand.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Config:
     deadline_s: float = 120.0
     token_variable: str = "OPENAI_API_KEY"
     max_invalid: float = 0.2
+    window: int = 200
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
@@ -70,8 +73,8 @@ class Config:
             raise ValueError(f"low, high: got {self.low} and {self.high}, needed low below high")
         if self.question is not None and "{prompt}" not in self.question:
             raise ValueError(f"question: got {self.question!r}, needed {{prompt}} in it, where the prompt goes")
-        if not 0 <= self.max_invalid <= 1 or self.concurrency < 1 or not self.deadline_s > 0:
-            raise ValueError("needed max_invalid in [0, 1], concurrency of at least 1 and a positive deadline_s")
+        if not 0 <= self.max_invalid <= 1 or self.window < 1 or self.concurrency < 1 or not self.deadline_s > 0:
+            raise ValueError("needed max_invalid in [0, 1], window and concurrency of at least 1 and a positive deadline_s")
 
     def build(self) -> VLMJudge:
         """Make the client; the server is asked with the first images."""
@@ -85,13 +88,14 @@ class VLMJudge:
 
     config: Config
     client: Client
+    recent: deque[bool] = field(default_factory=deque, repr=False)  # whether each of the last answers could be read
     scores_alone: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1]; NaN where the answer cannot be read.
 
         Raises:
-            ValueError: If more than ``max_invalid`` of the answers cannot be read, with one of them, or a prompt is empty.
+            ValueError: If more than ``max_invalid`` of the last answers cannot be read, with one of them, or a prompt is empty.
             Unavailable: If the server does not answer.
         """
         pixels.check(images, prompts, "vlm_judge")
@@ -102,20 +106,28 @@ class VLMJudge:
             answers = list(pool.map(self._ask, pixels.pictures(images), prompts))
         read = rating if self.config.answer == "rating" else yes_share
         scores = [read(answer, self.config.low, self.config.high) for answer in answers]
-        invalid = [row for row, score in enumerate(scores) if math.isnan(score)]
-        if len(invalid) > self.config.max_invalid * len(scores):
-            raise ValueError(
-                f"vlm_judge: {len(invalid)} of {len(scores)} answers cannot be read (max_invalid {self.config.max_invalid:g}), for example "
-                f"{json.dumps(answers[invalid[0]])[:200]}; check model and question, or answer: {self.config.answer}"
-            )
+        self._watch(answers, scores)
         return torch.tensor(scores, dtype=torch.float64)
+
+    def _watch(self, answers: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> None:
+        """Count unreadable answers over calls: a call is small, and a judge that now and then says nothing must not end a run."""
+        self.recent.extend(not math.isnan(score) for score in scores)
+        while len(self.recent) > max(self.config.window, len(scores)):
+            self.recent.popleft()
+        num, bad = len(self.recent), self.recent.count(False)
+        if bad > self.config.max_invalid * num:
+            example = next((answer for answer, score in zip(answers, scores, strict=True) if math.isnan(score)), None)
+            raise ValueError(
+                f"vlm_judge: {bad} of the last {num} answers cannot be read (max_invalid {self.config.max_invalid:g}), for example "
+                f"{json.dumps(example)[:200]}; check model and question, or answer: {self.config.answer}"
+            )
 
     def _ask(self, picture: Image.Image, prompt: str) -> dict[str, Any]:
         config = self.config
         if config.image_side is not None:
             picture.thumbnail((config.image_side, config.image_side), Image.Resampling.BICUBIC)
         default = RATING if config.answer == "rating" else YES_NO
-        text = (config.question or default).format(prompt=prompt, low=config.low, high=config.high)
+        text = _filled(config.question or default, {"prompt": prompt, "low": f"{config.low:g}", "high": f"{config.high:g}"})
         image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode()}}
         body: dict[str, Any] = {
             "model": config.model,
@@ -128,6 +140,11 @@ class VLMJudge:
         elif config.structured:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": _schema(config)}}
         return self.client.post("/chat/completions", json.dumps(body).encode(), "application/json", check=_choice)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Put values in, at once: braces elsewhere, in JSON that is asked for and in prompts, are text."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
 def _schema(config: Config) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,28 @@ def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, devi
     """Load a network for scoring: evaluation mode, frozen, on its device; see :func:`pretrained`."""
     model = pretrained(load, name, where, unneeded=unneeded, dtype=getattr(torch, dtype), output_loading_info=True)
     return model.eval().requires_grad_(False).to(device)
+
+
+def weights_name(name: str) -> str:
+    """Name weights so that others are named otherwise: a hub id with its revision in the cache, a folder with the first digits of its weights' SHA-256."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        return f"{folder.resolve().name}@{_digest(tuple((file, file.stat().st_mtime_ns) for file in files))}"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return f"{name}@{Path(cached).parent.name[:8]}" if isinstance(cached, str) else name
+
+
+@functools.cache
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()[:8]
 
 
 def file(name: str, where: str, *, get: str = "") -> Path:

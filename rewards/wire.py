@@ -18,6 +18,7 @@ from torch import Tensor
 PROTOCOL = 1
 CONTENT_TYPE = "application/x-safetensors"
 SCORE_PATH = "/v1/score"
+REWARDS_PATH = "/v1/rewards"
 MAX_HEADER_BYTES = 2**20
 
 
@@ -182,6 +183,23 @@ def read_reply(body: Any, request_id: str, name: str | None, count: int) -> tupl
         _check_clauses(clauses, valid, count)
     reply = Reply(request_id=request_id, scores=scores, clauses=clauses, clauses_valid=valid)
     return chosen, [math.nan if value is None else float(value) for value in values], reply
+
+
+def read_listing(body: Any, name: str | None) -> bool:
+    """Read from what a server tells of its rewards whether one scores each image by itself.
+
+    Args:
+        body: The decoded JSON.
+        name: The reward; None for all there are.
+
+    Raises:
+        Malformed: If it is no such listing.
+    """
+    served, alone = (body.get("rewards"), body.get("scores_alone", [])) if isinstance(body, dict) else (None, None)
+    if not isinstance(served, list) or not isinstance(alone, list):
+        raise Malformed("the reply is no listing of rewards")
+    asked = served if name is None else [name]
+    return all(entry in alone for entry in asked)
 
 
 def _is_finite(value: Any) -> bool:

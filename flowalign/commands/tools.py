@@ -58,6 +58,7 @@ def add_serve_reward(add: Add) -> None:
     serve.add_argument("--max-batch", type=positive, default=32, help="images scored together")
     serve.add_argument("--max-wait-ms", type=float, default=5.0, help="how long a request waits for others")
     serve.add_argument("--max-queue", type=positive, default=1024, help="images that may wait; beyond, clients are asked to come back")
+    serve.add_argument("--max-queue-mb", type=positive, default=1024, metavar="MIB", help="MiB of images that may wait, likewise")
     serve.set_defaults(run=_serve_reward)
 
 
@@ -65,6 +66,7 @@ def _serve_reward(options: argparse.Namespace) -> None:
     from flowalign.serve import ServeConfig, serve, token_of
 
     sizes = {"max_batch": options.max_batch, "max_wait_ms": options.max_wait_ms, "max_queue": options.max_queue}
+    sizes["max_queue_bytes"] = options.max_queue_mb * 2**20
     serve(options.rewards, ServeConfig(host=options.host, port=options.port, token=token_of(options.token_variable), **sizes))
 
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of images by their features: Frechet distance, and precision, recall, density and coverage.
+"""Distances between two sets of images by their features.
 
 Any feature extractor will do (`features_of` in :mod:`flowalign.evaluate.fidelity` runs one in batches): images in, ``[image, d]`` out. Values belong to the extractor, its
 resize and the number of images: compare none across these. The kernel distance (KID) needs no minimum of images and has an interval: :func:`two_sample_distance`, and
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowalign.evaluate.fidelity import kid_kernel
+from flowalign.evaluate.jackknife import by_prompt, jackknife
+from flowalign.evaluate.neighbourhoods import Manifold as Manifold
+from flowalign.evaluate.neighbourhoods import manifold as manifold
 from flowalign.evaluate.scores import Interval
 
 _ROWS = 2048  # rows of a distance matrix held at once
@@ -147,6 +150,64 @@ def frechet_distance(features: Moments, reference: Moments) -> float:
     return float(apart + first.trace() + second.trace() - 2 * cross)
 
 
+def frechet_interval(
+    features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, is_paired: bool = False, confidence: float = 0.95
+) -> Interval:
+    """Return the Frechet distance of two sets with an interval.
+
+    The interval is the infinitesimal jackknife's over prompts and over reference images: what each adds is taken from the distance's derivative, so that it
+    costs one more decomposition and no resamples (which repeat images, and would move the distance by as much as its bias). It covers other prompts of the same
+    kinds, other noise and other reference images. It does not cover the bias of few images, which both ends have as the distance has.
+
+    Args:
+        features: ``[image, d]``.
+        reference: ``[reference, d]``.
+        prompt_id: The prompt of each row of ``features``.
+        is_paired: Whether row i of the reference shows the prompt of row i of ``features``; else reference images are independent.
+        confidence: Nominal coverage of the interval (normal approximation).
+
+    Raises:
+        ValueError: As :func:`frechet_distance`.
+
+    References:
+        Efron, "Nonparametric Estimates of Standard Error", Biometrika 68, 1981, section 3 (the infinitesimal jackknife). The derivative in the covariance is one less the map of
+        optimal transport: Malago et al., "Wasserstein Riemannian geometry of Gaussian densities", 2018, https://arxiv.org/abs/1801.09269, section 3.
+    """
+    if len(prompt_id) != len(features):
+        raise ValueError(f"prompt_id: got {len(prompt_id)} for {len(features)} images, needed one each")
+    x, y = features.double(), reference.double()
+    first, second = Moments.of(x), Moments.of(y)
+    value = frechet_distance(first, second)
+    apart = first.mean - second.mean
+    there, back = _transport(first.covariance(), second.covariance())
+    added = []
+    for rows, mean, transport, sign in ((x, first.mean, there, 1), (y, second.mean, back, -1)):
+        centred = rows - mean
+        change = 2 * sign * (centred @ apart) + (centred * (centred - centred @ transport)).sum(1)
+        added.append(change - change.mean())
+    prompts, num = by_prompt(prompt_id)
+    if num < 3:
+        return Interval(mean=value)
+    without_x = value - torch.bincount(prompts, added[0], num) / (len(x) - torch.bincount(prompts, minlength=num))
+    without_y = value - added[1] / (len(y) - 1)
+    return jackknife(value, without_x, without_y, pairs=prompts if is_paired else None, confidence=confidence, least=0.0)
+
+
+def _transport(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the linear maps that carry centred normal laws with these covariances onto each other, there and back."""
+    values, vectors = torch.linalg.eigh(second)
+    root, inverse = (vectors @ torch.diag(_power(values, power)) @ vectors.T for power in (0.5, -0.5))
+    values, vectors = torch.linalg.eigh(root @ first @ root)
+    half, inverse_half = (vectors @ torch.diag(_power(values, power)) @ vectors.T for power in (0.5, -0.5))
+    return root @ inverse_half @ root, inverse @ half @ inverse
+
+
+def _power(values: Tensor, power: float) -> Tensor:
+    """Raise eigenvalues to a power; directions in which nothing varies, to rounding, are left out."""
+    kept = values > values.amax() * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(kept, values, 1.0) ** power * kept
+
+
 def two_sample_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int], *, confidence: float = 0.95) -> Interval:
     """Return the kernel distance (KID's polynomial MMD squared) of images to a reference set that shows other prompts.
 
@@ -185,91 +246,19 @@ def two_sample_distance(features: Tensor, reference: Tensor, prompt_id: Sequence
     # Sums of the kernel over all partners: of a prompt over other prompts and over the reference, and of a reference image over both.
     within, across, within_y, across_y = (torch.zeros(size, dtype=torch.float64) for size in (num, num, others, others))
     for rows in torch.arange(len(x)).split(_ROWS):
-        mine, crossed = average[:, rows], _kernel(x[rows], y)
-        table = mine @ (_kernel(x[rows], x) @ average.T)
+        mine, crossed = average[:, rows], kid_kernel(x[rows], y)
+        table = mine @ (kid_kernel(x[rows], x) @ average.T)
         within += table.sum(1) - table.diagonal()
         across += mine @ crossed.sum(1)
         across_y += (mine @ crossed).sum(0)
     for rows in torch.arange(others).split(_ROWS):
-        table = _kernel(y[rows], y)
+        table = kid_kernel(y[rows], y)
         within_y[rows] = table.sum(1) - table[torch.arange(len(rows)), rows]
 
     def estimate(xx: Tensor, yy: Tensor, xy: Tensor, n: int, m: int) -> Tensor:
         return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
 
     xx, yy, xy = within.sum(), within_y.sum(), across.sum()
-    mean = float(estimate(xx, yy, xy, num, others))
     without_x = estimate(xx - 2 * within, yy, xy - across, num - 1, others)
     without_y = estimate(xx, yy - 2 * within_y, xy - across_y, num, others - 1)
-    variance = sum((len(part) - 1) ** 2 / len(part) * float(part.var()) for part in (without_x, without_y))
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * variance**0.5
-    return Interval(mean=mean, low=mean - reach, high=mean + reach)
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifold:
-    """How two sets of features cover each other.
-
-    Attributes:
-        precision: Share of the images that lie within reach of a reference image.
-        recall: Share of the reference images that lie within reach of an image.
-        density: Reference images that reach an image, over the number of neighbours; above 1 where images crowd where references do.
-        coverage: Share of the reference images with an image within their own reach.
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def manifold(features: Tensor, reference: Tensor, *, neighbours: int = 5) -> Manifold:
-    """Measure precision, recall, density and coverage; the reach of a point is the distance to its ``neighbours``-th neighbour in its own set.
-
-    Precision and recall follow outliers of either set; density and coverage do not. All depend on the numbers of images: compare sets of equal size.
-
-    Args:
-        features: ``[image, d]``.
-        reference: ``[reference, d]``.
-        neighbours: 5 for density and coverage as published, 3 for precision and recall as published.
-
-    Raises:
-        ValueError: If a set has no more than ``neighbours`` rows, or the shapes do not fit.
-
-    References:
-        Kynkaanniemi et al., "Improved Precision and Recall Metric", 2019, https://arxiv.org/abs/1904.06991; Naeem et al., "Reliable Fidelity and Diversity Metrics for
-        Generative Models", 2020, https://arxiv.org/abs/2002.09797.
-    """
-    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-        raise ValueError(f"got shapes {tuple(features.shape)} and {tuple(reference.shape)}, needed [image, d] and [reference, d]")
-    if neighbours < 1 or min(len(features), len(reference)) <= neighbours:
-        raise ValueError(
-            f"neighbours: got {neighbours} for {len(features)} and {len(reference)} rows, needed at least 1, and more rows than that"
-        )
-    x, y = features.double(), reference.double()
-    reach_x, reach_y = _reach(x, neighbours), _reach(y, neighbours)
-    inside = []
-    nearest = torch.full((len(y),), torch.inf, dtype=torch.float64)
-    recalled = torch.zeros(len(y), dtype=torch.bool)
-    for rows in torch.arange(len(x)).split(_ROWS):
-        distance = torch.cdist(x[rows], y)
-        inside.append((distance < reach_y).sum(1))
-        nearest = torch.minimum(nearest, distance.amin(0))
-        recalled |= (distance < reach_x[rows, None]).any(0)
-    reached = torch.cat(inside).double()
-    return Manifold(
-        precision=float((reached > 0).double().mean()),
-        recall=float(recalled.double().mean()),
-        density=float(reached.mean() / neighbours),
-        coverage=float((nearest < reach_y).double().mean()),
-    )
-
-
-def _reach(points: Tensor, neighbours: int) -> Tensor:
-    """Return the distance of each point to its n-th neighbour; the nearest of all is the point itself."""
-    parts = [torch.cdist(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(_ROWS)]
-    return torch.cat(parts)
+    return jackknife(float(estimate(xx, yy, xy, num, others)), without_x, without_y, confidence=confidence)

@@ -18,7 +18,6 @@ from flowalign.evaluate.fidelity import RandomFeatures
 from flowalign.images import floats
 from flowalign.rewards import clip, pixels, weights
 from flowalign.rewards.diversity import IMAGENET_MEAN, IMAGENET_STD
-from flowalign.rewards.geneval import weights_name
 
 RANDOM = "random"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -118,7 +117,7 @@ def encoder(name: str, *, size: int = 224, device: str | None = None) -> Extract
             f"extractor: {name!r} is a {type(model).__name__}, needed an image encoder whose last_hidden_state begins with a class token, such as "
             f"DINOv2 ({error})"
         ) from error
-    return Extractor(name=weights_name(name), resize=f"short side to {size} px, bicubic, antialiased, middle", network=found)
+    return Extractor(name=weights.weights_name(name), resize=f"short side to {size} px, bicubic, antialiased, middle", network=found)
 
 
 class _Encoder(nn.Module):

@@ -79,8 +79,8 @@ def kernel_distance(features: Tensor, reference: Tensor, prompt_id: Sequence[int
     images, 0 on average for two sets of the same distribution (so it can be slightly negative) and 0 for identical sets. The
     interval is the jackknife's over prompts; it is wide under some ten prompts.
 
-    Own code and not ``torchmetrics.image.KernelInceptionDistance``, which works offline with a feature module, but subsets images with the
-    global random generator and knows no prompts: its spread over subsets is no interval, and pairs of one prompt bias it downwards.
+    The kernel is torchmetrics'. Its ``KernelInceptionDistance`` works offline with a feature module too, but subsets images with the global random generator
+    and knows no prompts: its spread over subsets is no interval, and pairs of one prompt bias it downwards.
 
     Args:
         features: ``[image, d]``.
@@ -229,6 +229,13 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     )
 
 
+def kid_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return KID's kernel ``(x.y / d + 1)^3`` of rows ``[x, d]`` and ``[y, d]``, as torchmetrics has it."""
+    from torchmetrics.image.kid import poly_kernel
+
+    return poly_kernel(x, y)
+
+
 def _prompt_average(prompt_id: Sequence[int]) -> Tensor:
     """Matrix ``[prompt, image]`` that averages over the images of each prompt."""
     _, index, counts = torch.tensor(list(prompt_id)).unique(return_inverse=True, return_counts=True)
@@ -240,7 +247,7 @@ def _prompt_kernel(x: Tensor, y: Tensor, average: Tensor) -> Tensor:
     result = torch.zeros(len(average), len(average), dtype=torch.float64)
     for start in range(0, len(x), _ROWS):
         rows = slice(start, start + _ROWS)
-        result += average[:, rows] @ ((x[rows] @ y.T / x.shape[1] + 1) ** 3 @ average.T)
+        result += average[:, rows] @ (kid_kernel(x[rows], y) @ average.T)
     return result
 
 

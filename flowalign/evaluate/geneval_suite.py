@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,10 @@ class Judge(Protocol):
     @property
     def detector_name(self) -> str:
         """Name of the detector's weights."""
+
+    @property
+    def clip_name(self) -> str:
+        """Name of the weights that name colours."""
 
     def verdicts(self, images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """Judge images."""
@@ -44,13 +48,14 @@ class GenEvalSuite:
     num_prompts: int | None = None
     images_per_prompt: int = 4
     seed: int = 0
+    scores_alone: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        """Return the split, the number of prompts where it is not all official ones, and the detector's weights: all that a score depends on."""
+        """Return the split, the number of prompts where it is not all official ones, and the weights of detector and colour namer: what a score depends on."""
         size = "" if self.split == "official" and self.num_prompts in (None, len(official())) else f" of {len(self._records())} prompts"
         split = "" if self.split == "official" else f"/{self.split}"
-        return f"geneval{split}{size}, detector {self.judged_by.detector_name}"
+        return f"geneval{split}{size}, detector {self.judged_by.detector_name}, colors {self.judged_by.clip_name}"
 
     @property
     def headline(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.evaluate.suites import Judgement, Prompt, Score, prompt_id, scores_of
+from flowalign.rewards.parts import scores_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class PromptSuite:
     def headline(self) -> str:
         """No verdict: rewards are named."""
         return "strict"
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether all rewards score each image by itself."""
+        return scores_alone(self.score)
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts, each once; a text that occurs again with the same record would be the same prompt."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from flowalign.evaluate.distances import Moments, frechet_distance, manifold, two_sample_distance
+from flowalign.evaluate.distances import frechet_interval, two_sample_distance
 from flowalign.evaluate.fidelity import kernel_distance, relative_diversity, within_prompt_distance, within_prompt_vendi
+from flowalign.evaluate.neighbourhoods import manifold_intervals
 from flowalign.evaluate.scores import Interval
 from flowalign.evaluate.statistics import bootstrap
 
@@ -54,11 +57,11 @@ class Quality:
 
     num_images: int
     kernel_distance: Interval | None = None
-    frechet_distance: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
+    frechet_distance: Interval | None = None
+    precision: Interval | None = None
+    recall: Interval | None = None
+    density: Interval | None = None
+    coverage: Interval | None = None
     diversity: Interval | None = None
     vendi: Interval | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -93,9 +96,10 @@ def measure_quality(features: Tensor, prompt_id: Sequence[int], reference: Refer
         if real.ndim != 2 or real.shape[1] != features.shape[1] or (reference.is_paired and len(real) != len(features)):
             raise ValueError(f"reference: got features {tuple(real.shape)} beside {tuple(features.shape)}")
         put(["kernel_distance"], lambda: [distance(features, real, prompt_id)])
-        put(["frechet_distance"], lambda: [frechet_distance(Moments.of(features), Moments.of(real))])
+        put(["frechet_distance"], lambda: [frechet_interval(features, real, prompt_id, is_paired=reference.is_paired)])
         for names, neighbours in ((("precision", "recall"), 3), (("density", "coverage"), 5)):
-            put(names, lambda n=names, k=neighbours: [asdict(manifold(features, real, neighbours=k))[name] for name in n])
+            kept = partial(manifold_intervals, features, real, prompt_id, neighbours=neighbours, is_paired=reference.is_paired)
+            put(names, lambda n=names, found=kept: itemgetter(*n)(found()))
     put(["diversity"], lambda: [_over_prompts(within_prompt_distance(features, prompt_id))])
     # What all images share in features says nothing of diversity.
     common = features.mean(0) if reference is None else reference.features.mean(0)
@@ -202,6 +206,9 @@ def _cautions(found: Quality, num_prompts: int, reference: Reference | None) -> 
             said.append(
                 f"Frechet distance: of {num} and {real} images it is biased upwards, by more than many differences that one looks for; the kernel distance is not."
             )
+        said.append(
+            "Intervals cover other prompts of these kinds, other noise and other real images (jackknife over prompts and real images); not the bias of few images."
+        )
         if real != num:
             said.append(
                 f"Precision, recall, density and coverage depend on the numbers of images, here {num} and {real}: compare like with like."
@@ -219,11 +226,9 @@ def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _cell(found: Quality, name: str) -> str:
-    value = vars(found)[name]
+    value: Interval | None = vars(found)[name]
     if value is None:
         return ""
-    if isinstance(value, Interval):
-        if name != "kernel_distance" or value.low is None or value.high is None:
-            return str(value)
-        return f"{1000 * value.mean:.2f} [{1000 * value.low:.2f}, {1000 * value.high:.2f}]"
-    return f"{value:.3f}"
+    if name != "kernel_distance" or value.low is None or value.high is None:
+        return str(value)
+    return f"{1000 * value.mean:.2f} [{1000 * value.low:.2f}, {1000 * value.high:.2f}]"

@@ -259,6 +259,16 @@ def _aligned(rows: Sequence[Sequence[str]], *, num_right: int) -> str:
     return "\n".join(lines)
 
 
+def extremes(records: Sequence[Record], measure: Measure, *, worst: bool, most: int) -> list[tuple[float, int]]:
+    """Return the best or the worst images, at most one of each prompt and of equal ones the first: values and rows."""
+    sign = 1 if worst else -1
+    valued = [(value, row) for row, record in enumerate(records) if (value := value_of(record, measure)) is not None]
+    chosen: dict[int, tuple[float, int]] = {}
+    for value, row in sorted(valued, key=lambda pair: (sign * pair[0], pair[1])):
+        chosen.setdefault(records[row].id, (value, row))
+    return list(chosen.values())[:most]
+
+
 def value_of(record: Record, measure: Measure) -> float | None:
     """Return an image's score; None where it has none."""
     if measure == "strict":

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowalign.evaluate.charts import Chart, Drawing, draw
 from flowalign.evaluate.records import Evaluation, Measure, compare
 from flowalign.evaluate.scores import Interval
-from flowalign.images import picture_bytes
+from flowalign.images import PNG, picture_bytes
 
 _TEMPLATE = "report.html.jinja"
 _PICTURE = "chart.svg.jinja"
@@ -179,7 +179,7 @@ class Report:
 
 def data_uri(data: bytes) -> str:
     """Return a PNG or JPEG file as a part of a page."""
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    kind = "png" if data.startswith(PNG) else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

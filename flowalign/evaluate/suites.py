@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 import flowalign.shapes as shapes
 from flowalign.core.randomness import key
 from flowalign.evaluate.records import Evaluation, Record
+from flowalign.rewards.parts import cut, scores_alone
 from flowalign.rewards.pixels import to_bytes
 from flowalign.shapes.prompts import meaning
 from flowalign.shapes.verifier import CLAUSES
@@ -24,7 +25,10 @@ Generate = Callable[[list[str], list[tuple[int, int]]], Tensor]
 
 
 Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Mapping[str, Tensor]]
-"""Scores images ``[batch, 3, h, w]`` against prompts and records: names to values ``[batch]``, NaN where one could not be computed."""
+"""Scores images ``[batch, 3, h, w]`` against prompts and records: names to values ``[batch]``, NaN where one could not be computed.
+
+It is given all images of a prompt in one call, unless it says ``scores_alone`` (:mod:`flowalign.rewards.parts`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ class Suite(Protocol):
         """Return the prompts, always the same ones."""
 
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement]:
-        """Judge a batch of images, each on its own."""
+        """Judge a batch of images: all images of each prompt, or any where the suite says ``scores_alone`` (:mod:`flowalign.rewards.parts`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,11 @@ class ShapesSuite:
     def headline(self) -> str:
         """Everything that was asked for."""
         return "strict"
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the further scores are of each image by itself; the verifier's are."""
+        return self.score is None or scores_alone(self.score)
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts of the split."""
@@ -210,7 +219,7 @@ def run_suite(
         generate: Called with the texts and, for each image, ``(noise id, k)``. The noise id is a 63-bit key made of ``seed``
             and the prompt's id, k the number of the image among those of its prompt: noise that is a function of these two does
             not depend on the batch size, the order or the other prompts.
-        batch_size: Images in a call of ``generate``; the last call may have fewer.
+        batch_size: Images in a call of ``generate`` at most. Of a suite that does not say ``scores_alone`` all images of a prompt are judged together.
         seed: Another seed gives all images other noise.
         keep_images: Keep the images in the evaluation, on the CPU, rounded to bytes, for grids and fidelity measures.
         progress: Called with the number of images done and the number of all.
@@ -230,12 +239,12 @@ def run_suite(
     if len({prompt.id for prompt in prompts}) != len(prompts):
         raise ValueError(f"{suite.name}: a prompt occurs twice; ask for more images per prompt instead")
     samples = [(prompt, k) for prompt in prompts for k in range(suite.images_per_prompt)]
+    parts = cut(range(len(samples)) if scores_alone(suite) else [prompt.text for prompt, _ in samples], batch_size)
     records: list[Record] = []
     kept: list[Tensor] = []
-    for batch in _batches(samples, batch_size):
-        seeds = [(key(seed, "evaluate", prompt.id), k) for prompt, k in batch]
-        images = generate([prompt.text for prompt, _ in batch], seeds)
-        _check(images, [prompt.text for prompt, _ in batch])
+    for part in parts:
+        batch = [samples[row] for row in part]
+        images = torch.cat([_made(generate, batch[start : start + batch_size], seed) for start in range(0, len(batch), batch_size)])
         judgements = suite.judge(images, [prompt for prompt, _ in batch])
         records += [_record(prompt, k, verdict) for (prompt, k), verdict in zip(batch, judgements, strict=True)]
         if keep_images:
@@ -244,12 +253,18 @@ def run_suite(
             progress(len(records), len(samples))
     assert len({(record.id, record.k) for record in records}) == len(samples), "a sample was judged twice or not at all"
     images_of_all = torch.cat(kept) if kept else None
+    order = torch.tensor([row for part in parts for row in part]).argsort()
+    if order.tolist() != list(range(len(samples))):  # a text stands at several places of the suite
+        records = [records[row] for row in order.tolist()]
+        images_of_all = None if images_of_all is None else images_of_all[order]
     return Evaluation(suite=suite.name, seed=seed, records=tuple(records), images=images_of_all, headline=suite.headline)
 
 
-def _batches(samples: Sequence[tuple[Prompt, int]], size: int) -> Iterator[Sequence[tuple[Prompt, int]]]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def _made(generate: Generate, batch: Sequence[tuple[Prompt, int]], seed: int) -> Tensor:
+    texts = [prompt.text for prompt, _ in batch]
+    images = generate(texts, [(key(seed, "evaluate", prompt.id), k) for prompt, k in batch])
+    _check(images, texts)
+    return images
 
 
 def _record(prompt: Prompt, k: int, judgement: Judgement) -> Record:

@@ -26,6 +26,7 @@ from flowalign.train.rehearsal import rehearse
 from flowalign.train.scoring import NamedReward, RewardTable, score
 from flowalign.train.settings import TrainConfig
 from flowalign.train.tables import NOVELTY, Sampled, check_needs, extra_tables, features, learns_alone
+from flowalign.train.together import Together
 
 Metric = NamedReward | Literal["novelty"]
 
@@ -38,6 +39,8 @@ class Collected:
         experience: This rank's samples with their advantages, or its pairs.
         velocity: The network's velocity on these samples, under any role.
         rewards, metrics: Raw values of all ranks, ``[samples, columns]``, with their names.
+        own: This rank's rewards, with their clauses.
+        prompts, metadata: One for each of this rank's images.
         advantages: Of all ranks; None where nothing is compared.
         images: This rank's, ``[batch, 3, h, w]``.
         latents: What they were decoded from.
@@ -47,6 +50,9 @@ class Collected:
     velocity: Networks
     rewards: RewardTable
     metrics: RewardTable
+    own: RewardTable
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
     advantages: AdvantageBatch | None
     images: Tensor
     latents: Tensor
@@ -103,6 +109,7 @@ class Collector:
             num_processes=self.accelerator.num_processes,
         )
         self.state = self.estimator.init()
+        self.together = Together(accelerator=self.accelerator)
         self.evaluations: Counter[str] = Counter()
         measured = [[metric] for metric in self.metrics if not isinstance(metric, str)]
         self.scorers = Scorers(self.rewards, *measured, device=self.accelerator.device)
@@ -122,7 +129,7 @@ class Collector:
             scores = self.scorers.begin()
             sampled = self._sample(step, plan, mine, uid, sample_number(group, member), scores)
         with self.clock.phase("reward"):
-            (table, *others), hidden = scores.finish(sampled.images, sampled.prompts, sampled.metadata)
+            (table, *others), hidden = self.together(lambda: scores.finish(sampled.images, sampled.prompts, sampled.metadata))
             self.clock.add(HIDDEN, hidden)
             extra = self._extra_tables(sampled)
             names, measured = self._measure(sampled, others)
@@ -154,6 +161,9 @@ class Collector:
             velocity=Networks(pipeline=self.pipeline, cond=sampled.cond, heads=self.heads, count=count),
             rewards=replace(table, values=everyone.rewards, clauses=None, clauses_valid=None),
             metrics=RewardTable(names=names, values=everyone.rewards[:, :0] if everyone.metric is None else everyone.metric),
+            own=table,
+            prompts=sampled.prompts,
+            metadata=sampled.metadata,
             advantages=advantages,
             images=sampled.images,
             latents=sampled.trajectory.x0,
@@ -209,7 +219,8 @@ class Collector:
 
         def scored(x0: Tensor, images: Tensor) -> Tensor:
             texts, records = ([column[i] for i in images.tolist()] for column in (sampled.prompts, sampled.metadata))
-            return score(self.rewards, self.pipeline.decode(x0), texts, records).values
+            images = self.pipeline.decode(x0)
+            return self.together(lambda: score(self.rewards, images, texts, records).values)
 
         return extra_tables(self.estimator.needs, complete, scored, sampled, step_rewards=self.config.step_rewards)
 

@@ -66,7 +66,7 @@ class Trainer:
         seed: Seed of the run.
         folder: Run folder.
         accelerator: Devices and ranks.
-        after_step: Called with the finished step's line and images, on every rank.
+        after_step: Called with the finished step's line and what it was made of, on every rank.
         teacher: Of a distillation, the pipeline with the teacher's guidance; None for the same.
         distance_every: Steps between looks at the distance to the base, where no penalty measures it; None for none.
     """
@@ -81,7 +81,7 @@ class Trainer:
     folder: Path
     accelerator: Accelerator = field(default_factory=Accelerator)
     metrics: Sequence[Metric] = ()
-    after_step: Callable[[dict[str, Any], Tensor], None] | None = None
+    after_step: Callable[[dict[str, Any], Collected], None] | None = None
     teacher: Pipeline | None = None
     distance_every: int | None = None
 
@@ -102,6 +102,7 @@ class Trainer:
         self.parameters = self.pipeline.roles.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self._last_finite = "none yet"
+        self.is_whole = False  # whether nothing of the step at hand has moved
         self.heads: dict[str, HeadPlayer] = {}
         self.state: dict[str, Tensor] = {}  # a distillation's statistics
         if isinstance(self.algorithm, HasHeads):
@@ -352,11 +353,18 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """Do one step: rollout, scoring and all its updates. Returns the step's log line."""
+        self.is_whole, memory = True, self.collector.state
         try:
             found = self.collect(step)
         except NotFiniteError as error:
+            self.is_whole = False
             raise self._diverged(CURRENT, step, "its images hold values that are not finite") from error
-        self.may_move = self._may_move()
+        try:
+            self.may_move = self._may_move()
+        except NeverReady:
+            self.collector.state = memory  # the step will be done again
+            raise
+        self.is_whole = False
         logged: list[dict[str, float]] = []
         with self.clock.phase("train"):
             for index in range(self.algorithm.num_updates):
@@ -392,7 +400,7 @@ class Trainer:
             "evaluations": self.collector.take_evaluations(),
         }
         if self.after_step is not None:
-            self.after_step(line, found.images)
+            self.after_step(line, found)
         return line
 
     def _norms(self, found: Collected) -> dict[str, float]:
@@ -484,13 +492,12 @@ class Trainer:
                             utilisation = measure(self.pipeline, self.accelerator, self.config.peak_tflops)
                             self.clock.take()
                         line = self.step(step)
-                    except (ConnectionError, NeverReady):
-                        # A reward server is gone, or critics are never ready, before anything of this step moved: what was trained must not be lost.
-                        if not self.sharded and step > start and step % self.config.checkpoint_every:
-                            self._keep(step)
+                    except Exception as error:
+                        if self.is_whole and step > start and step % self.config.checkpoint_every:
+                            self._keep_before(step)
+                        if isinstance(error, torch.OutOfMemoryError):
+                            raise exhausted(error, step, self.clock.phases) from error
                         raise
-                    except torch.OutOfMemoryError as error:
-                        raise exhausted(error, step, self.clock.phases) from error
                     alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
                     stopping = self._anywhere(stop.is_set()) or alarmed
                     if self.best is not None and self.best.look(line):
@@ -527,6 +534,14 @@ class Trainer:
             state = self.state_dict()
             if main:
                 checkpoint.save(self.folder / "checkpoints", step, state, keep=self.config.keep_checkpoints)
+
+    def _keep_before(self, step: int) -> None:
+        """Save what was trained before a step that failed while nothing had moved, as a reward may; where weights are shared, all must know of it."""
+        everybody = self.collector.together.has_failed
+        if everybody or not self.sharded:
+            self._keep(step)
+        if everybody:
+            self.accelerator.wait_for_everyone()  # who leaves first takes the others with him
 
     def _check_moved(self, steps: int) -> None:
         """Refuse to end a run in which critics never let anything move: its weights are those that it began with."""

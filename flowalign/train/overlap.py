@@ -50,8 +50,8 @@ class Scorers:
 class StepScores:
     """The scores of one step, under way.
 
-    A reward that scores every image by itself is given each part at once; any other is given all images together at the end, in their order. Which
-    thread works, and when, changes no score.
+    A reward that scores every image by itself is given each part at once; any other is given all images together at the end, in their order (see
+    :mod:`flowalign.rewards.parts`). Which thread works, and when, changes no score.
 
     Attributes:
         tables: What images are scored by, and what else they are measured by: each makes a table of its own.
@@ -65,6 +65,10 @@ class StepScores:
     _rows: list[Tensor] = field(default_factory=list, repr=False)
     _found: dict[int, list[Future[Result]]] = field(default_factory=dict, repr=False)
     _worked: list[tuple[float, float]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        """Ask once which rewards may be given parts: one that works elsewhere may have to ask there."""
+        self._early = {number for number, entry in enumerate(self.rewards) if entry.is_alone}
 
     @property
     def rewards(self) -> list[NamedReward]:
@@ -82,11 +86,11 @@ class StepScores:
         """
         self._rows.append(rows)
         for number, entry in enumerate(self.rewards):
-            if not entry.is_alone:
+            if number not in self._early:
                 continue
             began = time.perf_counter()
             if isinstance(entry.reward, Submits):
-                future = self.waiting.submit(self._timed, entry.reward.submit(images, prompts, metadata), began)
+                future = self.waiting.submit(self._timed, _begun(entry.reward, images, prompts, metadata), began)
             else:
                 future = self.here.submit(self._timed, _call(entry, images, prompts, metadata))
             self._found.setdefault(number, []).append(future)
@@ -113,7 +117,7 @@ class StepScores:
             ValueError: As :func:`flowalign.train.scoring.score`.
         """
         began = time.perf_counter()
-        late = {number: entry for number, entry in enumerate(self.rewards) if not entry.is_alone}
+        late = {number: entry for number, entry in enumerate(self.rewards) if number not in self._early}
         sent = {n: entry.reward.submit(images, prompts, metadata) for n, entry in late.items() if isinstance(entry.reward, Submits)}
         whole = {n: _call(entry, images, prompts, metadata)() for n, entry in late.items() if n not in sent}
         whole |= {number: wait() for number, wait in sent.items()}
@@ -172,6 +176,19 @@ class Decoder:
 
 def _call(entry: NamedReward, images: Tensor, prompts: list[str], metadata: Records) -> Callable[[], Result]:
     return lambda: entry.reward(images, prompts, metadata)
+
+
+def _begun(reward: Submits, images: Tensor, prompts: list[str], metadata: Records) -> Callable[[], Result]:
+    """Ask another place; what goes wrong at once is told at the end as everything else, where all ranks listen."""
+    try:
+        return reward.submit(images, prompts, metadata)
+    except Exception as error:
+        failure = error
+
+    def fail() -> Result:
+        raise failure
+
+    return fail
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -27,6 +27,7 @@ from flowalign.train.players import HeadPlayer, Networks
 from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward, RewardTable
 from flowalign.train.settings import TrainConfig
+from flowalign.train.together import Together
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,7 @@ class PairCollector:
         # Under guidance the teacher computes two rows where the student computes one.
         self._rows_of_teacher = self.teacher.rows_per_evaluation // self.pipeline.rows_per_evaluation
         self.state: dict[str, Any] = {}
+        self.together = Together(accelerator=self.accelerator)
         self.scorers = Scorers(self.rewards, device=self.accelerator.device)
         self.evaluations: Counter[str] = Counter()
         self._pairs: tuple[Tensor, list[PromptLike]] | None = None
@@ -185,7 +187,7 @@ class PairCollector:
             latents = self._show(step, pairs, cond, shown, decoder)
             images = decoder.images()
         with self.clock.phase("reward"):
-            (table,), hidden = scores.finish(images, asked, records)
+            (table,), hidden = self.together(lambda: scores.finish(images, asked, records))
             self.clock.add(HIDDEN, hidden)
             values = RewardTable(names=table.names, values=self._gather(table.values))
 
@@ -204,6 +206,9 @@ class PairCollector:
             ),
             rewards=values,
             metrics=RewardTable(names=(), values=values.values[:, :0]),
+            own=table,
+            prompts=asked,
+            metadata=records,
             advantages=None,
             images=images,
             latents=latents,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from flowalign.rewards.parts import scores_alone
 
 
 @runtime_checkable
@@ -46,12 +49,12 @@ class Submits(Protocol):
 
 
 @runtime_checkable
-class ScoresAlone(Protocol):
-    """A reward whose score of an image depends on no other image of the call, where ``scores_alone`` is true."""
+class NamesClauses(Protocol):
+    """A reward that says what its sub-checks are."""
 
     @property
-    def scores_alone(self) -> bool:
-        """Whether it may be given a step's images in parts, as they are done."""
+    def clause_names(self) -> tuple[str, ...]:
+        """One name for each column of its clause matrix."""
         ...
 
 
@@ -68,8 +71,8 @@ class NamedReward:
 
     @property
     def is_alone(self) -> bool:
-        """Whether it may be given a step's images in parts."""
-        return isinstance(self.reward, ScoresAlone) and self.reward.scores_alone
+        """Whether it scores each image by itself; see :mod:`flowalign.rewards.parts`."""
+        return scores_alone(self.reward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,16 @@ class RewardTable:
     values: Tensor
     clauses: Tensor | None = None
     clauses_valid: Tensor | None = None
+    clause_names: tuple[str, ...] = ()
+
+    def verdicts(self, row: int) -> dict[str, bool]:
+        """Return which of the sub-checks that were asked of an image hold, by name."""
+        if self.clauses is None:
+            return {}
+        values = self.clauses[row].tolist()
+        names = self.clause_names if len(self.clause_names) == len(values) else [f"check {number + 1}" for number in range(len(values))]
+        asked = [True] * len(values) if self.clauses_valid is None else self.clauses_valid[row].tolist()
+        return {name: value >= 1 for name, value, valid in zip(names, values, asked, strict=True) if valid and not math.isnan(value)}
 
     def means(self) -> dict[str, float]:
         """Return the mean of each column over what was computed."""
@@ -143,6 +156,7 @@ def to_table(
     names: list[str] = []
     columns: list[Tensor] = []
     clauses = valid = None
+    called: tuple[str, ...] = ()
     for entry, (parts, order) in zip(rewards, results, strict=True):
         values, found, asked = _joined(entry.name, parts, order)
         for column, told in values.items():
@@ -150,7 +164,8 @@ def to_table(
             columns.append(_check(names[-1], told, prompts, entry.may_skip))
         if clauses is None and found is not None:
             clauses, valid = found, asked
-    return RewardTable(names=tuple(names), values=torch.stack(columns, 1), clauses=clauses, clauses_valid=valid)
+            called = entry.reward.clause_names if isinstance(entry.reward, NamesClauses) else ()
+    return RewardTable(names=tuple(names), values=torch.stack(columns, 1), clauses=clauses, clauses_valid=valid, clause_names=called)
 
 
 def _joined(name: str, parts: Sequence[Result], order: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:

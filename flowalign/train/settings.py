@@ -33,7 +33,8 @@ class TrainConfig:
         keep_best_by: Name of a reward, metric or monitor (such as diversity), best one that is not trained on (a reward with weight 0, a metric): the step with its best mean over
             five steps is kept, and written to ``best_weights`` at the end; null for none.
         stop_on_alarm: Stop, with the state saved, at the first alarm: a sign of reward hacking, or of a student that falls apart.
-        sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. 0 for none.
+        sample_every: Steps between grids of samples, of four prompts from the same noise each time; the last step has one too. Of the first five steps and the
+            five up to the newest grid the scores of single images are kept too, with the best and worst pictures, for the report. 0 for none.
         peak_tflops: Peak of a device, which the logged utilisation is a share of; "measured" times matrix products at the start, null looks the device
             up. CPUs and devices that are not known have no share; what they do in a second is logged all the same.
         trackers: Further logs through accelerate: "tensorboard", "wandb", "trackio".

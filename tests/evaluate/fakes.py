@@ -19,6 +19,7 @@ class RedSuite:
     images_per_prompt: int = 2
     name: str = "red"
     headline: str = "strict"
+    scores_alone: bool = True
 
     def prompts(self) -> list[Prompt]:
         return [Prompt(id=len(text), text=text, tag=text[0]) for text in self.texts]

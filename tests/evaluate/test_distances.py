@@ -6,8 +6,9 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from flowalign.core.randomness import generator
-from flowalign.evaluate import distances
-from flowalign.evaluate.distances import Moments, frechet_distance, manifold
+from flowalign.evaluate import neighbourhoods
+from flowalign.evaluate.distances import Moments, frechet_distance, frechet_interval, manifold
+from flowalign.evaluate.neighbourhoods import manifold_intervals
 
 
 def draw(name, *shape):
@@ -65,9 +66,94 @@ def test_neighbourhood_measures_are_the_published_ones():
 
 def test_chunks_change_nothing(monkeypatch):
     x, y = draw("x", 100, 4), draw("y", 90, 4)
-    whole = manifold(x, y, neighbours=3)
-    monkeypatch.setattr(distances, "_ROWS", 7)
-    assert manifold(x, y, neighbours=3) == whole
+    prompt = [(7 * row) % 13 for row in range(100)]
+    whole = manifold_intervals(x, y, prompt, neighbours=3)
+    monkeypatch.setattr(neighbourhoods, "_ROWS", 20)
+    parts = manifold_intervals(x, y, prompt, neighbours=3)
+    assert all(vars(parts[name]) == pytest.approx(vars(whole[name]), rel=1e-12) for name in whole)
+    assert manifold(x, y, neighbours=3) == manifold(x[torch.randperm(100, generator=generator(3))], y, neighbours=3)
+
+
+def spread(values):
+    mean = sum(values) / len(values)
+    return (len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values)
+
+
+@pytest.mark.parametrize("is_paired", [False, True])
+def test_their_intervals_are_the_jackknife_written_out_with_reaches_held(is_paired):
+    prompt = [row % 5 for row in range(24)]
+    x, y = draw("x", 24, 2) * 0.7, draw("y", 24, 2)
+    k = 2
+    table = lambda a: torch.cdist(a, a).sort(1).values[:, k]  # noqa: E731
+    near, reach_x, reach_y = torch.cdist(x, y), table(x), table(y)
+
+    def measures(rows, columns):
+        inside, holds = near[rows][:, columns] < reach_y[columns], near[rows][:, columns] < reach_x[rows, None]
+        return {
+            "precision": float(inside.any(1).double().mean()),
+            "recall": float(holds.any(0).double().mean()),
+            "density": float(inside.double().sum(1).mean() / k),
+            "coverage": float(inside.any(0).double().mean()),
+        }
+
+    everyone = list(range(24))
+    found = manifold_intervals(x, y, prompt, neighbours=k, is_paired=is_paired)
+    without_x = [measures([row for row in everyone if prompt[row] != p], everyone) for p in range(5)]
+    without_y = [measures(everyone, [row for row in everyone if row != column]) for column in everyone]
+    for name, mean in measures(everyone, everyone).items():
+        of_y = [one[name] for one in without_y]
+        if is_paired:  # to first order, what a prompt's reference images add is the sum of what each does
+            added = [sum(of_y[row] - mean for row in everyone if prompt[row] == p) for p in range(5)]
+            variance = spread([one[name] + more for one, more in zip(without_x, added, strict=True)])
+        else:
+            variance = spread([one[name] for one in without_x]) + spread(of_y)
+        assert found[name].mean == pytest.approx(mean, abs=1e-12)
+        reach = 1.959964 * variance**0.5
+        assert found[name].low == pytest.approx(max(0.0, mean - reach), abs=1e-6)
+        assert found[name].high == pytest.approx(min(1.0, mean + reach) if name != "density" else mean + reach, abs=1e-6)
+        assert reach > 0
+    assert manifold_intervals(x, y, [row % 2 for row in range(24)])["recall"].low is None
+
+
+def sets(seed, num_prompts=60, each=3, dim=5):
+    """Images that are alike within a prompt, and others of another law."""
+    x = (draw(f"c{seed}", num_prompts, 1, dim) + 0.5 * draw(f"x{seed}", num_prompts, each, dim)).flatten(0, 1)
+    return x, 1.3 * draw(f"y{seed}", 150, dim) + 0.4
+
+
+def test_intervals_are_as_wide_as_new_prompts_images_and_references_make_the_measures_vary():
+    prompt = torch.arange(60).repeat_interleave(3).tolist()
+    found = {}
+    for seed in range(120):
+        x, y = sets(seed)
+        measured = {"frechet": frechet_interval(x, y, prompt), **manifold_intervals(x, y, prompt)}
+        for name, interval in measured.items():
+            found.setdefault(name, []).append((interval.mean, (interval.high - interval.low) / (2 * 1.959964)))
+    for name, pairs in found.items():
+        means, errors = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+        # Reaches are held, and ends clipped to the measure's range; 120 draws know their spread to 7 %.
+        assert 0.75 < float(errors.mean() / means.std()) < 1.5, name
+
+
+def test_the_distances_interval_is_that_of_leaving_prompts_out():
+    x, y = sets(0, num_prompts=100)
+    prompt = torch.arange(100).repeat_interleave(3)
+    found = frechet_interval(x, y, prompt.tolist())
+    assert found.mean == frechet_distance(Moments.of(x), Moments.of(y))
+    without_x = [frechet_distance(Moments.of(x[prompt != p]), Moments.of(y)) for p in range(100)]
+    without_y = [frechet_distance(Moments.of(x), Moments.of(y[torch.arange(150) != row])) for row in range(150)]
+    assert found.high - found.mean == pytest.approx(1.959964 * (spread(without_x) + spread(without_y)) ** 0.5, rel=0.1)
+    same = frechet_interval(x, x, prompt.tolist(), is_paired=True)
+    assert same.mean == pytest.approx(0, abs=1e-9)
+    assert same.high == pytest.approx(0, abs=1e-6)
+    assert frechet_interval(x, y, [0, 1] * 150).low is None
+
+
+def test_directions_in_which_nothing_varies_change_no_interval():
+    x, y = sets(1)
+    prompt = torch.arange(60).repeat_interleave(3).tolist()
+    flat = [torch.cat([rows, torch.ones(len(rows), 2, dtype=torch.float64)], 1) for rows in (x, y)]
+    assert vars(frechet_interval(*flat, prompt)) == pytest.approx(vars(frechet_interval(x, y, prompt)), rel=1e-6)
 
 
 def test_a_collapsed_set_is_precise_and_covers_little():

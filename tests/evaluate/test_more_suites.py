@@ -26,7 +26,7 @@ from tests.evaluate.fakes import random_images
 class Painter:
     """Finds in an image exactly what its prompt asks for, where the first pixel is bright enough."""
 
-    detector_name = "painter@00000000"
+    detector_name, clip_name = "painter@00000000", "namer@11111111"
 
     def verdicts(self, images, metadata):
         found = []
@@ -43,7 +43,7 @@ class Painter:
 
 def test_geneval_scores_one_for_a_perfect_model_on_all_official_prompts():
     chosen = suite("geneval", judged_by=Painter(), images_per_prompt=1)
-    assert chosen.name == "geneval, detector painter@00000000"
+    assert chosen.name == "geneval, detector painter@00000000, colors namer@11111111"
     assert [prompt.text for prompt in chosen.prompts()] == [record["prompt"] for record in official()]
     done = run_suite(chosen, lambda prompts, seeds: torch.ones(len(prompts), 3, 8, 8))
     for measure in ("official", "strict", "graded", "graded_flow_grpo"):

@@ -91,8 +91,8 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason_and_the_rest_is_the
     found = measure_quality(x, torch.arange(12).div(2, rounding_mode="floor").tolist(), Reference(name="r", features=y))
     assert found.frechet_distance is None
     assert "got 12 images for features of 20 numbers" in found.missing["frechet_distance"]
-    assert found.density == manifold(x, y).density
-    assert found.recall == manifold(x, y, neighbours=3).recall
+    assert found.density.mean == manifold(x, y).density
+    assert found.recall.mean == manifold(x, y, neighbours=3).recall
     assert set(found.missing) == {"frechet_distance"}
     single = measure_quality(x, range(12), None)
     assert single.diversity is single.vendi is single.kernel_distance is None
@@ -107,11 +107,14 @@ def test_a_collapsed_model_loses_diversity_and_recall_and_real_images_stand_besi
     found = compare_quality(collapsed, prompt, other=base, reference=reference, extractor="e", resize="none")
     assert found.relative["diversity"].high == 0
     assert found.relative["vendi"].high < 1
-    assert found.model.recall < 0.2 < found.real.recall
+    assert found.model.recall.high < 0.2 < found.real.recall.low
+    assert found.model.frechet_distance.low > found.real.frechet_distance.high
     assert found.model.kernel_distance.low > 0
     assert found.real.kernel_distance.low < 0 < found.real.kernel_distance.high
     assert {len(row) for row in found.rows()} == {len(COLUMNS)}
     assert any("60 and 60 images it is biased upwards" in text for text in found.cautions)
+    assert any("not the bias of few images" in text for text in found.cautions)
+    assert all(str(vars(found.model)[name]) in [row[2] for row in found.rows()] for name in ("frechet_distance", "recall", "coverage"))
     few = compare_quality(
         base[:6], [0, 0, 1, 1, 2, 2], other=None, reference=Reference(name="f", features=real), extractor="e", resize="none"
     )

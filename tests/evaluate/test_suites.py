@@ -7,8 +7,12 @@ import pytest
 import torch
 
 import flowalign.shapes as shapes
+from flowalign.evaluate.prompt_suite import PromptSuite
 from flowalign.evaluate.records import Evaluation, Record, compare, read_evaluation, table
 from flowalign.evaluate.suites import ShapesSuite, prompt_id, run_suite, suite
+from flowalign.rewards import diversity
+from flowalign.suite_options import Scorer
+from flowalign.train.scoring import NamedReward, score
 from tests.evaluate.fakes import RedSuite, random_images, renderer
 
 TEXTS = ("a", "bb", "bbb", "aaaa", "aaaaa")
@@ -20,6 +24,31 @@ def test_the_batch_size_changes_neither_records_nor_images():
     large = run_suite(RedSuite(TEXTS), random_images, batch_size=64, keep_images=True)
     assert small.records == large.records
     assert torch.equal(small.images, large.images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_images_of_a_prompt_are_scored_together_whatever_the_batch_size(batch_size):
+    """A text that stands twice, under two records, is one prompt to a reward."""
+    records = [{"prompt": text, "number": number} for number, text in enumerate(("a", "b", "a", "c"))]
+    reward = NamedReward(name="diversity", reward=diversity.Config().build())
+    sizes = []
+
+    def generate(prompts, seeds):
+        sizes.append(len(prompts))
+        return random_images(prompts, seeds)
+
+    chosen = PromptSuite(title="mine", records=records, score=Scorer([reward]), images_per_prompt=3)
+    found = run_suite(chosen, generate, batch_size=batch_size, keep_images=True)
+    assert max(sizes) <= batch_size
+    assert [(record.prompt, record.k) for record in found.records] == [(text, k) for text in "abac" for k in range(3)]
+    texts = [record.prompt for record in found.records]
+    whole = score([reward], found.images.float() / 255, texts, [{}] * len(texts)).values[:, 0]
+    # Scored before they are rounded to bytes.
+    assert [record.scores["diversity"] for record in found.records] == pytest.approx(whole.tolist(), abs=2e-3)
+    again = run_suite(chosen, random_images, batch_size=12)
+    assert [record.scores["diversity"] for record in again.records] == pytest.approx(
+        [record.scores["diversity"] for record in found.records]
+    )
 
 
 def test_noise_belongs_to_the_prompt_and_not_to_its_place_or_its_neighbours():

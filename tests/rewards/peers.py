@@ -11,10 +11,10 @@ from flowalign.rewards import wire
 
 
 @contextlib.contextmanager
-def peer(*answers):
+def peer(*answers, alone=True):
     """Serve on a free port: each request gets the next of the answers, the last one again and again.
 
-    An answer takes (handler, body) and either writes by itself and returns None, or returns a status and JSON.
+    An answer takes (handler, body) and either writes by itself and returns None, or returns a status and JSON. What is listed is always good.
     """
     calls = []
     lock = threading.Lock()
@@ -36,6 +36,13 @@ def peer(*answers):
                     self.send_header("content-length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)
+
+        def do_GET(self):
+            data = json.dumps({"rewards": ["mean"], "scores_alone": ["mean"] if alone else []}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
         def log_message(self, *arguments):
             pass

@@ -1,5 +1,8 @@
 """The detector: post-processing against a literal reference, the converter, and colours and channels on a tiny Mask2Former."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,10 @@ from torch.nn import functional
 from transformers import CLIPModel, Mask2FormerConfig, SwinConfig
 from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
 
-from flowalign.rewards import geneval, geneval_convert, geneval_detector
+from flowalign.evaluate.geneval_suite import GenEvalSuite
+from flowalign.rewards import geneval, geneval_convert, geneval_detector, weights
 from flowalign.rewards.geneval_detector import Detection
-from flowalign.rewards.geneval_prompts import colors, single_object, two_object
+from flowalign.rewards.geneval_prompts import COLORS, colors, single_object, two_object
 from tests.rewards import tiny
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -299,11 +303,47 @@ def test_a_detector_of_other_classes_is_refused(tmp_path):
         geneval.Config(detector=str(tmp_path), device="cpu").build()
 
 
-def test_the_name_tells_weights_apart(folders, tmp_path):
-    assert geneval.weights_name("facebook/mask2former") == "facebook/mask2former"
-    one = geneval.weights_name(folders[0])
+def test_the_name_tells_weights_apart(folders, reward, tmp_path):
+    one, clip = reward.detector_name, reward.clip_name
     assert one.startswith("m2f")
     assert len(one.rpartition("@")[2]) == 8
+    assert one != clip
+    shutil.copytree(folders[0], tmp_path / "other")
+    assert weights.weights_name(str(tmp_path / "other")) == one.replace(Path(folders[0]).name, "other")
+    file = tmp_path / "other" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert weights.weights_name(str(tmp_path / "other")).rpartition("@")[2] != one.rpartition("@")[2]
+    name = GenEvalSuite(judged_by=reward).name
+    assert name == f"geneval, detector {one}, colors {clip}"
+
+
+def test_a_hub_id_is_named_with_its_revision_where_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert weights.weights_name("facebook/mask2former") == "facebook/mask2former"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--facebook--mask2former"
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    (folder / "snapshots" / revision / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    assert weights.weights_name("facebook/mask2former") == "facebook/mask2former@01234567"
+
+
+def test_colours_of_all_objects_share_forwards_and_are_those_of_each_alone(reward):
+    sizes = [(9, 30), (40, 12), (16, 16), (3, 5), (20, 20)]
+    crops = [torch.rand(3, *size, generator=torch.Generator().manual_seed(row)) for row, size in enumerate(sizes)]
+    names = ["dog", "cat", "dog", "bus", "cat"]
+    namer = reward.color_of
+    for crop, name, color in zip(crops, names, namer(crops, names), strict=True):
+        scores = namer.clip.images(crop[None]) @ namer.classifier(name).T
+        assert color == COLORS[int(scores.argmax())]
+    seen = []
+    handle = namer.clip.model.vision_model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(len(options["pixel_values"])), with_kwargs=True
+    )
+    namer(crops * 4, names * 4)
+    handle.remove()
+    assert seen == [16, 4]
 
 
 def test_a_red_square_stays_red_from_the_image_to_the_verdict():
@@ -315,9 +355,9 @@ def test_a_red_square_stays_red_from_the_image_to_the_verdict():
             for mask, kinds in zip(masks, labels, strict=True)
         ]
 
-    def name(image, thing, objects):
-        crops = [geneval.crop(image, one).mean((1, 2)) for one in objects]
-        return [("red", "green", "blue")[int(mean.argmax())] for mean in crops]
+    def name(crops, things):
+        assert things == ["dog"] * len(crops)
+        return [("red", "green", "blue")[int(crop.mean((1, 2)).argmax())] for crop in crops]
 
     images = torch.zeros(3, 3, 32, 32)
     for channel in range(3):

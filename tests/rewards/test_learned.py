@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import open_clip
 import pytest
@@ -112,6 +113,24 @@ def test_hps_is_the_cosine_on_padded_images(hps, size):
     wanted = [published_hps(model, picture, prompt) for picture, prompt in zip(pixels.pictures(images), PROMPTS, strict=True)]
     assert reward(images, PROMPTS, [{}] * 3).tolist() == pytest.approx(wanted, abs=1e-3)
     assert max(wanted) - min(wanted) > 0.01
+
+
+def test_hps_and_image_reward_say_once_how_long_a_prompt_is_that_they_cut(hps, blip):
+    images = tiny.pictures(2)
+    for reward, fits, short, long, tokens, most in (
+        (hps[1], "dog " * 75, "dog " * 75, "dog " * 80, 82, 77),
+        (blip[2], "dogs " * 33, "dogs " * 33, "dogs " * 50, 52, 35),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            whole = reward(images[:1], [fits], [{}])
+        with pytest.warns(UserWarning, match=f"has {tokens} tokens; the model reads the first {most}, as published"):
+            found = reward(images, [short, long], [{}] * 2)
+        assert found[0].item() == pytest.approx(whole.item(), abs=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = reward(images[1:], [long + "dogs " * 100], [{}])
+        assert again.item() == pytest.approx(found[1].item(), abs=1e-5)  # what comes after counts for nothing
 
 
 def test_hps_refuses_weights_of_another_architecture(hps, tmp_path):

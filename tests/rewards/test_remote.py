@@ -33,6 +33,33 @@ def test_scores_come_back_in_the_order_of_the_images():
         assert len(calls) == 3
 
 
+def test_images_of_a_prompt_are_sent_together_unless_the_server_or_the_config_says_otherwise():
+    prompts = list("ababa")
+    for alone, said, sizes in ((False, None, [3, 2]), (True, None, [2, 2, 1]), (False, True, [2, 2, 1]), (True, False, [3, 2])):
+        with peers.peer(peers.right, alone=alone) as (url, calls):
+            reward = client(url, batch_size=2, concurrency=1, scores_alone=said)
+            assert reward(IMAGES, prompts, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
+            sent = [wire.decode(body, wire.Limits()) for body in calls]
+            assert [len(request.images) for request in sent] == sizes
+            assert NamedReward(name="r", reward=reward).is_alone == (len(sizes) == 3)
+            if len(sizes) == 2:
+                assert [request.prompts for request in sent] == [["a"] * 3, ["b"] * 2]
+                assert [record["n"] for record in sent[0].metadata] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("listing", [[], {"rewards": "mean"}, {"rewards": ["mean"], "scores_alone": 1}, {}])
+def test_a_listing_that_is_none_is_refused(listing):
+    with pytest.raises(wire.Malformed, match="no listing"):
+        wire.read_listing(listing, None)
+
+
+def test_what_a_server_does_not_say_to_score_each_image_by_itself_does_not():
+    assert not wire.read_listing({"rewards": ["a"]}, None)
+    assert not wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, None)
+    assert wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, "a")
+    assert not wire.read_listing({"rewards": ["a", "b"], "scores_alone": ["a"]}, "b")
+
+
 PASSING = {
     "dies": peers.dies,
     "busy": peers.status(503, retry_after="0"),
@@ -206,8 +233,38 @@ NONSENSE = [
 def test_nonsense_is_invalid_and_never_a_score(text):
     with peers.peer(*says(text)) as (url, _):
         assert math.isnan(judge(url, max_invalid=1.0)(IMAGES[:1], ["a"], RECORDS[:1]).item())
-        with pytest.raises(ValueError, match=r"1 of 1 answers cannot be read .*check model and question"):
+        with pytest.raises(ValueError, match=r"1 of the last 1 answers cannot be read .*check model and question"):
             judge(url)(IMAGES[:1], ["a"], RECORDS[:1])
+
+
+def test_unreadable_answers_are_counted_over_calls():
+    good, bad = says('{"score": 3}', "what?")
+    told = [good] * 8 + [bad] * 2 + [good] * 10 + [bad] * 3
+    with peers.peer(*told) as (url, _):
+        reward = judge(url, max_invalid=0.2, window=10)
+        found = [
+            reward(IMAGES[:1], ["a"], RECORDS[:1]).item() for _ in range(len(told) - 1)
+        ]  # one bad answer of a call of one is no reason
+        assert [math.isnan(value) for value in found] == [False] * 8 + [True] * 2 + [False] * 10 + [True] * 2
+        with pytest.raises(ValueError, match=r"3 of the last 10 answers cannot be read .* for example .*what\?"):
+            reward(IMAGES[:1], ["a"], RECORDS[:1])
+    with peers.peer(good, bad, bad, bad, good) as (url, _), pytest.raises(ValueError, match="3 of the last 5 answers"):
+        judge(url, max_invalid=0.5, window=1)(IMAGES, PROMPTS, RECORDS)  # a call counts whole
+    with pytest.raises(ValueError, match="window and concurrency of at least 1"):
+        vlm_judge.Config(model="m", window=0)
+
+
+def test_braces_in_questions_and_prompts_are_text():
+    prompt = "a sign that says {low} and {prompt}, {0} {"
+    for question, asked in (
+        (None, 'Answer with JSON only: {"score": N}, where N is a number from 1 (bad) to 5 (perfect).'),
+        ('{prompt}? As {"score": N, "why": {}}, {low} to {high}', prompt + '? As {"score": N, "why": {}}, 1 to 5'),
+    ):
+        with peers.peer(*says('{"score": 3}')) as (url, calls):
+            assert judge(url, question=question)(IMAGES[:1], [prompt], RECORDS[:1]).item() == 0.5
+            text = json.loads(calls[0])["messages"][0]["content"][1]["text"]
+            assert prompt in text
+            assert text.endswith(asked)
 
 
 def test_yes_is_weighed_against_no_over_all_spellings():

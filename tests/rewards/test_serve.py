@@ -18,6 +18,7 @@ from flowalign.rewards.http import Refused, Unavailable
 from flowalign.rewards.plain import PlainReward
 from flowalign.rewards.shapes import Config as Verifier
 from flowalign.serve import ServeConfig, app, token_of
+from flowalign.train.overlap import Scorers
 from flowalign.train.scoring import NamedReward, score
 from tests.rewards.test_remote import HOSTILE
 
@@ -47,6 +48,9 @@ def plain(function, name="mine", **options):
 def code(prompts, images):
     """A number that belongs to this prompt and this image alone."""
     return [int(prompt) * 1000 + round(float(image.mean() * 255)) for prompt, image in zip(prompts, images, strict=True)]
+
+
+code.scores_alone = True
 
 
 def body(num=1, size=4, start=0, **changes):
@@ -141,7 +145,8 @@ def test_other_types_paths_and_sizes_are_refused(url):
 
 
 def test_the_server_says_what_it_serves(url):
-    assert get(url + "/v1/rewards").json()["rewards"] == ["mine"]
+    told = get(url + "/v1/rewards").json()
+    assert (told["rewards"], told["scores_alone"]) == (["mine"], ["mine"])
     assert get(url + "/readyz").json() == {"status": "ready"}
 
 
@@ -167,6 +172,42 @@ def test_a_full_queue_asks_to_come_back_and_the_client_does():
         gate.set()
         assert waiting.result().values["reward"].tolist() == [5005, 6006]
         assert sorted(answer.result().status_code for answer in answers) == [200] * 3 + [503] * 3
+
+
+def test_a_request_that_never_fits_is_told_so_at_once_and_not_sent_again():
+    images = torch.zeros(6, 3, 4, 4)
+    for options, said in (
+        ({"max_queue": 5}, "6 images of 288 bytes"),
+        ({"max_queue_bytes": 287}, "needed at most 1024 images and 287 bytes"),
+    ):
+        with serving(plain(code), **options) as url:
+            assert post(url, body(num=6)).status_code == 413
+            with pytest.raises(Refused, match=said):
+                remote.Config(servers=(url,), deadline_s=20).build()(images, ["1"] * 6, [{}] * 6)
+            assert 'status="413"} 2' in get(url + "/metrics").text  # asked once by each
+            assert remote.Config(servers=(url,), batch_size=5).build()(images, ["1"] * 6, [{}] * 6).values["reward"].tolist() == [1000] * 6
+
+
+def test_the_queue_is_bounded_in_bytes_too():
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(prompts, images):
+        begun.set()
+        gate.wait(10)
+        return code(prompts, images)
+
+    large = {"num": 1, "size": 8}  # 192 bytes
+    with serving(plain(slow), max_queue_bytes=400, max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(4) as pool:
+        first = pool.submit(post, url, body(start=1, **large))
+        assert begun.wait(10)  # it is being scored and no longer waits
+        waiting = [pool.submit(post, url, body(start=start, **large)) for start in (2, 3)]
+        while "flowalign_queued_bytes 384" not in get(url + "/metrics").text:
+            time.sleep(0.01)
+        assert post(url, body(start=4, **large)).status_code == 503
+        gate.set()
+        assert [answer.result().status_code for answer in (first, *waiting)] == [200] * 3
+        assert "flowalign_queued_bytes 0" in get(url + "/metrics").text
+        assert post(url, body(start=4, **large)).status_code == 200
 
 
 def test_deadlines_end_requests_and_free_the_queue():
@@ -211,6 +252,7 @@ def test_one_clients_mistake_does_not_touch_the_others_of_its_batch():
             raise RuntimeError("secret path")
         return code(prompts, images)
 
+    picky.scores_alone = True
     with serving(plain(picky), max_wait_ms=100) as url, ThreadPoolExecutor(8) as pool:
         answers = dict(zip(range(11, 17), pool.map(lambda start: post(url, body(start=start)), range(11, 17)), strict=True))
     assert [answers[start].status_code for start in range(11, 17)] == [200, 200, 422, 500, 200, 200]
@@ -224,6 +266,36 @@ def test_what_cannot_be_computed_is_null_and_infinity_an_error():
         assert post(url, body(num=2)).json()["scores"]["mine"] == [None, None]
     with serving(plain(lambda prompts, images: [float("inf")] * len(prompts), may_skip=True)) as url:
         assert post(url, body()).status_code == 422
+
+
+def over_its_prompt(images):
+    """By how much an image is brighter than the mean of its call: a function that says nothing of itself."""
+    bright = images.mean((1, 2, 3))
+    return bright - bright.mean()
+
+
+def test_a_reward_that_says_nothing_of_itself_sees_one_request_at_a_time():
+    with serving(plain(over_its_prompt), max_wait_ms=50) as url, ThreadPoolExecutor(4) as pool:
+        assert get(url + "/v1/rewards").json()["scores_alone"] == []
+        pairs = list(pool.map(lambda start: post(url, body(num=2, start=start)), (0, 100, 200)))
+        assert [pair.json()["scores"]["mine"] for pair in pairs] == [pytest.approx([-0.5 / 255, 0.5 / 255], abs=1e-6)] * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_diversity_behind_a_server_equals_diversity_in_the_process(batch_size):
+    images = (torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    prompts = list("abcabcaabbcb")
+    local = NamedReward(name="diversity", reward=diversity.Config().build())
+    wanted = score([local], images, prompts, [{}] * 12).values
+    with serving(local) as url:
+        far = NamedReward(name="diversity", reward=remote.Config(servers=(url,), batch_size=batch_size, deadline_s=20).build())
+        assert torch.equal(score([far], images, prompts, [{}] * 12).values, wanted)
+        # As in a run, whose rollout hands its images over in parts.
+        scores = Scorers([far], device=torch.device("cpu")).begin()
+        for rows in torch.randperm(12, generator=torch.Generator().manual_seed(1)).split(5):
+            scores.hand_over(rows, images[rows], [prompts[row] for row in rows.tolist()], [{}] * len(rows))
+        (table,), _ = scores.finish(images, prompts, [{}] * 12)
+        assert torch.equal(table.values, wanted)
 
 
 def test_rewards_that_compare_images_see_one_client_at_a_time():
