@@ -34,7 +34,7 @@ def test_every_command_is_one_that_the_command_line_takes(command):
     assert program == "flowalign"
     parsed = parse(arguments)
     if parsed.command == "train" and parsed.config != "my_config.yaml":
-        load_config(parsed.config, parsed.overrides)
+        load_config(parsed.config, parsed.fields)
 
 
 def test_there_are_commands_to_check():

@@ -78,6 +78,7 @@ def test_what_fails_after_something_has_moved_is_not_saved_as_what_was_before(wr
             raise ConnectionError("the disk is full")
 
     trainer.after_step = broken
+    trainer.folder.mkdir()
     with pytest.raises(ConnectionError, match="the disk is full"):
         trainer.fit(3)
     assert not list((trainer.folder / "checkpoints").glob("step_*"))
