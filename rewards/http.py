@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,15 @@ class Answer:
             raise ValueError(f"{self.server}: answered what is not JSON: {self.body[:80]!r}") from error
 
 
+Body = Sequence[bytes | memoryview]
+_PIECE = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     method: str
     path: str
-    body: bytes = b""
+    body: Body = (b"",)
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +91,7 @@ class Client:
         weakref.finalize(self, _end, self._loop, self._http)
         self._first = 0
 
-    def post(self, path: str, body: bytes, content_type: str, *, check: Callable[[Answer], Any] = lambda answer: answer) -> Any:
+    def post(self, path: str, body: bytes | Body, content_type: str, *, check: Callable[[Answer], Any] = lambda answer: answer) -> Any:
         """Post and return what ``check`` makes of the first good answer; an answer that it refuses (ValueError) counts as a failure.
 
         Each server gets an equal share of the time that is left for those not yet asked in a round. One that refuses the request is not asked
@@ -97,7 +101,10 @@ class Client:
             Refused: If all servers refuse the request as wrong, or ``check`` raises it.
             Unavailable: If no server gave a good answer before the deadline; says what each last did.
         """
-        return self._first_good(_Request(method="POST", path=path, body=body, headers={"content-type": content_type}), check)
+        return self._first_good(
+            _Request(method="POST", path=path, body=(body,) if isinstance(body, bytes) else body, headers={"content-type": content_type}),
+            check,
+        )
 
     def get(self, path: str, *, check: Callable[[Answer], Any] = lambda answer: answer) -> Any:
         """Get and return what ``check`` makes of the first good answer; as :meth:`post`."""
@@ -155,11 +162,11 @@ class Client:
         return answer
 
     async def _read(self, server: str, request: _Request) -> Answer:
-        headers = {**request.headers, **(self.headers or {})}
+        headers = {**request.headers, "content-length": str(sum(map(len, request.body))), **(self.headers or {})}
         if self.token is not None:
             headers["authorization"] = f"Bearer {self.token}"
         url = server + request.path
-        async with self._http.stream(request.method, url, content=request.body, headers=headers, timeout=None) as response:
+        async with self._http.stream(request.method, url, content=_pieces(request.body), headers=headers, timeout=None) as response:
             parts: list[bytes] = []
             size = 0
             async for part in response.aiter_bytes():
@@ -168,6 +175,13 @@ class Client:
                     raise ValueError(f"answer of more than {self.max_answer_bytes} bytes")
                 parts.append(part)
             return Answer(server=server, status=response.status_code, headers=dict(response.headers), body=b"".join(parts))
+
+
+async def _pieces(body: Body) -> AsyncIterator[bytes | memoryview]:
+    """Send in pieces: a body of many images is never copied as a whole."""
+    for part in body:
+        for start in range(0, len(part), _PIECE):
+            yield part[start : start + _PIECE]
 
 
 class _Unsuccessful(ConnectionError):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transform
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _TOLERANCE = 1e-3  # decoders may leave [0, 1] by rounding, not by more
-_IN_CACHE = 2**15  # numbers
+_IN_CACHE = 2**16  # numbers
 
 Fit = Literal["crop", "pad"]
 

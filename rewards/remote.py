@@ -114,7 +114,7 @@ class Remote:
     def _ask(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Part:
         request_id = uuid.uuid4().hex
         name = self.config.reward
-        body = wire.encode(
+        body = wire.parts(
             wire.Request(
                 request_id=request_id,
                 images=images,

@@ -68,8 +68,8 @@ class Reply:
     timing: Mapping[str, float] = field(default_factory=dict)
 
 
-def encode(request: Request) -> bytes:
-    """Return a request as bytes."""
+def parts(request: Request) -> tuple[bytes, memoryview]:
+    """Return a request as what stands before the images, and the images' own memory, which is not copied."""
     head = {
         "protocol": PROTOCOL,
         "request_id": request.request_id,
@@ -82,7 +82,12 @@ def encode(request: Request) -> bytes:
     entry = {"dtype": "U8", "shape": list(images.shape), "data_offsets": [0, images.numel()]}
     header = json.dumps({"__metadata__": {"request": json.dumps(head)}, "images": entry}).encode()
     # Written here, not by the library, which copies the images several times; the format is two lines.
-    return b"".join([len(header).to_bytes(8, "little"), header, images.numpy().data.cast("B")])
+    return len(header).to_bytes(8, "little") + header, images.numpy().data.cast("B")
+
+
+def encode(request: Request) -> bytes:
+    """Return a request as bytes."""
+    return b"".join(parts(request))
 
 
 def decode(body: bytes, limits: Limits) -> Request:
