@@ -14,7 +14,8 @@ def launch(processes, module, *arguments, env=None, fails=False):
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module, *arguments]
     own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **(env or {})}, check=False)
+    # Whoever waits for a process that has left waits for half an hour.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **(env or {})}, check=False, timeout=900)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr if fails else done.stdout
 
