@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from flowalign.core.kernels import DDIM, Euler, FlowSDE
 from flowalign.core.paths import interpolate
 from flowalign.core.plans import Plan, PlanStep, chain, ode, window
-from flowalign.pipelines import parity, worked_out
+from flowalign.pipelines import guided, parity, worked_out
 from flowalign.pipelines.combine import Guidance, LimitedNorm, Rescale, SameNorm
 from flowalign.pipelines.family import attention_targets
 from flowalign.pipelines.frames import VariancePreserving, factors
@@ -78,7 +78,7 @@ def test_guidance_needs_only_the_other_half_where_the_conditional_one_is_known(c
     sigma = torch.tensor([0.2, 0.5, 0.9])
     rows = []
     handle = flow.denoiser.register_forward_hook(lambda module, args, kwargs, output: rows.append(1), with_kwargs=True)
-    conditional = flow._output(rule.conditional, rule.sign, x, sigma, cond)
+    conditional = guided._output(flow, rule.conditional, rule.sign, x, sigma, cond)
     one = len(rows)
     guided = flow.guide(x, sigma, cond, conditional)
     handle.remove()
@@ -409,7 +409,7 @@ def test_auto_refuses_what_does_not_behave_as_it_was_worked_out(monkeypatch):
         return (forward(*args, **options)[0] + 0.01 * next(once),)
 
     monkeypatch.setattr(flow.denoiser, "forward", drifting)
-    with pytest.raises(ValueError, match="was worked out, but does not behave so: .*apart by"):
+    with pytest.raises(ValueError, match="was worked out, but does not behave so with the text 'a photo of a red ring': .*apart by"):
         worked_out.verify(flow)
 
 
