@@ -167,9 +167,9 @@ def sample(
 
 def merge(model: str, *, lora: Path, output: Path, fields: Sequence[str] = ()) -> Path:
     """Add a LoRA to its base and write the whole pipeline; the command ``flowalign merge``."""
-    from flowalign.pipelines import lora_files
+    from flowalign.pipelines import lora_files, merging
 
     _, pipeline = open_model(model, lora, fields=fields)
-    lora_files.merge(pipeline, output)
+    merging.merge(pipeline, output, notes=lora_files.notes_of(lora_files.weights_of(lora)))
     print(f"written: {output}")
     return output

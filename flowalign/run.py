@@ -61,8 +61,6 @@ def build_trainer(config: RunConfig, accelerator: Accelerator, *, pipeline: Flow
         raise ConfigError(
             f"algorithm.num_minibatches: {minibatches} minibatches of whole groups need as many train.groups, got {config.train.groups}"
         )
-    if getattr(config.pipeline, "dtype", "") == "float16":
-        raise ConfigError("pipeline.dtype: gradients of 1e-9 vanish in float16; train in bfloat16 or float32 (float16 is for evaluation)")
     built = pipeline or config.pipeline.build(device=accelerator.device, seed=config.seed)
     if built.device.type != accelerator.device.type:
         raise ValueError(

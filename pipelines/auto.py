@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from flowalign.pipelines import parity
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.combine import LimitedNorm, Rescale, SameNorm
-from flowalign.pipelines.family import Family, ModelConfig
-from flowalign.pipelines.loading import INDEX
+from flowalign.pipelines.family import Family, ModelConfig, attention_targets
+from flowalign.pipelines.loading import index_of
+from flowalign.pipelines.worked_out import describe, verify, work_out
 
 DENOISERS = ("transformer", "unet")
-# What diffusers calls the projections of attention, in every model that it ships.
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +38,10 @@ class Config(ModelConfig):
         """Return the class that the model names.
 
         Raises:
+            FileNotFoundError: If the model is nowhere; what to do is said.
             ValueError: If diffusers has none of that name.
         """
-        index = Path(self.model).expanduser() / INDEX
-        settings = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else DiffusionPipeline.load_config(self.model)
-        name = settings.get("_class_name", "")
+        name = index_of(self.model).get("_class_name", "")
         # diffusers imports its classes when they are asked for, so they are not among its variables.
         found = getattr(diffusers, name, None) if name in dir(diffusers) else None
         if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
@@ -91,54 +86,7 @@ class Config(ModelConfig):
             ValueError: If the pipeline cannot be worked out; what was seen and what is missing is named.
         """
         flow: FlowPipeline = super().build(device=device, seed=seed)
+        work_out(flow)
         verify(flow)
         print(describe(flow), file=sys.stderr)
         return flow
-
-
-def attention_targets(denoiser: nn.Module) -> tuple[str, ...]:
-    """Name the projections of attention that a denoiser has, as LoRA targets.
-
-    Raises:
-        ValueError: If it has none under the names that diffusers uses.
-    """
-    linear = [name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)]
-    found = tuple(target for target in PROJECTIONS if any(name.endswith(f".{target}") for name in linear))
-    if not found:
-        raise ValueError(
-            f"pipeline.lora.targets: {type(denoiser).__name__} has none of {', '.join(PROJECTIONS)}; name its layers, or lora: null"
-        )
-    return found
-
-
-def verify(flow: FlowPipeline) -> None:
-    """Check the promises that cost little: images, replayed velocities, resuming.
-
-    Raises:
-        ValueError: If one does not hold; the measurement is named.
-    """
-    it = parity.subject(flow, num_steps=4)  # a number that every spacing of DDIM has a grid for
-    for name in ("images", "velocities", "resuming"):
-        finding = parity.CHECKS[name](it)
-        if not finding.passed:
-            raise ValueError(
-                f"pipeline: {type(flow.pipe).__name__} was worked out, but does not behave so: {finding.check}: {finding.found}"
-            )
-
-
-def describe(flow: FlowPipeline) -> str:
-    """Say what was found, a line for each thing."""
-    layout, replay, _ = flow.learnt()
-    rows = {
-        "pipeline": type(flow.pipe).__name__,
-        "denoiser": f"{flow.family.denoiser} ({type(flow.denoiser).__name__}), {len(replay.calls)} call(s) a step",
-        "coordinates": type(replay.frame).__name__,
-        "latents": f"{replay.calls[0].latents} {list(flow.event_shape)}" + (", a list of samples" if replay.calls[0].listed else ""),
-        "copies": ", ".join(str(rule.copies) for rule in replay.calls),
-        "timestep": f"{replay.calls[0].timestep} = {replay.slope:g} * clock + {replay.offset:g} ({str(replay.dtype).removeprefix('torch.')})",
-        "prediction": str(replay.combine),
-        "conditions": ", ".join(f"{name}: {type(spec).__name__}" for name, spec in layout[0].items()),
-        "call": ", ".join(f"{name}={value}" for name, value in flow.family.arguments.items()),
-        "adapters": f"{flow.roles.num_layers} layers" if flow.roles.lora else "none; all weights are trained",
-    }
-    return "\n".join(f"{name.ljust(11)}  {text}" for name, text in rows.items())

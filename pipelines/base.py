@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from flowalign.core.guidance import guide
 from flowalign.core.plans import Plan
 from flowalign.core.rollout import Ended, Noise, Take, Trajectory, explore
-from flowalign.pipelines import features, lora_files, watch
-from flowalign.pipelines.combine import Guidance, Linear
+from flowalign.pipelines import features, guided, lora_files, watch
+from flowalign.pipelines.combine import Guidance
 from flowalign.pipelines.conditioning import Conditioning, Leaf, moved, num_bytes, split, stack
 from flowalign.pipelines.economy import Resting, parts_beside
 from flowalign.pipelines.family import Family
+from flowalign.pipelines.packing import Packing, learn_packing
 from flowalign.pipelines.record import Left, Probe, installed
 from flowalign.pipelines.recorder import Recorder
 from flowalign.pipelines.replay import Replay
@@ -63,7 +63,7 @@ class FlowPipeline:
         self.module = self.denoiser
         self.modules: dict[str, nn.Module] = {}
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
-        self._event_shape = family.event_shape
+        self._packing = None if family.event_shape is None else Packing(event=family.event_shape, given=family.event_shape)
         self._learnt: Learnt | None = None
         self._grids: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -82,10 +82,14 @@ class FlowPipeline:
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of the latents of one sample, packed where the pipeline packs them."""
-        if self._event_shape is None:
-            seen = watch.probe(self, Probe(num_steps=1), ["a"], self.num_steps, given=False)
-            self._event_shape = tuple(seen.steps[0].sample.shape[1:])
-        return self._event_shape
+        return self.packing.event
+
+    @property
+    def packing(self) -> Packing:
+        """How the pipeline takes latents."""
+        if self._packing is None:
+            self._packing = learn_packing(self)
+        return self._packing
 
     def precision(self) -> AbstractContextManager[Any]:
         """Compute as rollout and training do: in half precision by autocast where all weights are trained."""
@@ -125,7 +129,7 @@ class FlowPipeline:
         place = {prompt: row for row, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
         rows = [self._encoded[prompt] for prompt in distinct]
-        # Prompts of one pipeline are all of one size.
+        # Prompts of one pipeline are about of one size.
         room = max(len(distinct), CACHE_BYTES // max(1, num_bytes(rows[0])))
         for prompt in list(self._encoded)[: max(0, len(self._encoded) - room)]:
             del self._encoded[prompt]
@@ -208,7 +212,8 @@ class FlowPipeline:
             def finish(x: Tensor) -> Tensor:
                 return replay.frame.shown(x, sigmas[-1])
 
-            return explore(walk, x_init, sigmas, plan, noise, start=start, batch_size=batch_size, finish=finish, ended=ended)
+            options: dict[str, Any] = {"start": start, "batch_size": batch_size, "kinds": cond.kinds(), "finish": finish, "ended": ended}
+            return explore(walk, x_init, sigmas, plan, noise, **options)
 
     def _drive(self, network: nn.Module, cond: Conditioning, recorder: Recorder, num_steps: int) -> None:
         """Make one call of the pipeline."""
@@ -217,7 +222,7 @@ class FlowPipeline:
             **self.family.arguments,
             **(embeds(cond) if embeds else watch.texts(self.family, [""] * len(cond))),
             "num_inference_steps": num_steps,
-            "latents": recorder.latents.to(self.dtype),
+            "latents": self.packing.unpacked(recorder.latents.to(self.dtype)),
             "output_type": "latent",
             "return_dict": False,
         }
@@ -278,41 +283,16 @@ class FlowPipeline:
         return 1 if isinstance(rule, Guidance) and rule.after is None else self.rows_per_evaluation
 
     def guide(self, x: Tensor, sigma: Tensor, cond: Conditioning, conditional: Tensor) -> Tensor:
-        """Return the reference's guided velocity where the conditional one is known: only what guidance needs besides is computed.
-
-        Args:
-            x: ``[batch, *event]`` float32.
-            sigma: Noise level, ``[batch]`` or 0-dim.
-            cond: Conditioning of ``batch`` samples by this, guided pipeline.
-            conditional: ``[batch, *event]``, what the same pipeline without guidance says of the same states.
-
-        Returns:
-            ``[batch, *event]`` float32, without gradient; ``velocity`` up to rounding, because velocities are affine in predictions and the weights of
-            guidance add up to 1.
-        """
-        replay = self.learnt().replay
-        rule = replay.combine
-        if not isinstance(rule, Guidance) or rule.after is not None:
-            return self.velocity(x, sigma, cond, REFERENCE)
-        unconditional = self._output(rule.unconditional, rule.sign, x, sigma, cond)
-        scale = rule.scale if rule.anchor == "unconditional" else 1 + rule.scale
-        return guide(unconditional, conditional, scale)
-
-    @torch.no_grad()
-    def _output(self, number: int, sign: int, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the reference's velocity by one of the outputs that a step combines, without computing the others."""
-        replay = self.learnt().replay
-        places = [(call, copy) for call, told in enumerate(replay.calls) for copy in range(told.copies)]
-        call, copy = places[number]
-        told = replay.calls[call]
-        alone = replace(replay, calls=(replace(told, copies=1),), combine=Linear(weights=(float(sign),)))
-        with self.roles.use(REFERENCE) as network:
-            return self.replayed(network, x, sigma, cond.alone(call, copy, told.copies), alone)
+        """Return the reference's guided velocity where the conditional one is known; see `flowalign.pipelines.guided`."""
+        return guided.guide(self, x, sigma, cond, conditional)
 
     def replayed(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, cond: Conditioning, replay: Replay | None = None) -> Tensor:
         """Replay a network that is given, as it is, by this pipeline's own rules or others; see ``velocity``."""
         replay = self.learnt().replay if replay is None else replay
         levels = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x))
+        kinds = cond.kinds()
+        if kinds is not None:
+            return self._each_kind(network, x, levels, cond, kinds, replay)
         timestep = replay.timestep(levels, self._known_timesteps(x.device))
         shown = replay.frame.shown(x, levels)
         outputs: list[Tensor] = []
@@ -323,6 +303,19 @@ class FlowPipeline:
                 outputs += [part.to(replay.output_dtype) for part in rule.outputs(network(**arguments))]
             prediction = replay.combine(outputs)
         return replay.frame.velocity(prediction.float(), shown, levels)
+
+    def _each_kind(
+        self, network: Callable[..., Any], x: Tensor, levels: Tensor, cond: Conditioning, kinds: Tensor, replay: Replay
+    ) -> Tensor:
+        """Replay samples whose texts are of different lengths, those of one length at a time."""
+        if isinstance(network, FSDPModule):
+            raise ValueError(
+                "prompts: this pipeline does not pad its texts to one length, so that processes that share weights would make different numbers of "
+                "passes; use prompts of one length, or leave train.shard false"
+            )
+        rows = [(kinds == kind).nonzero().squeeze(1).to(x.device) for kind in kinds.unique()]
+        made = [self.replayed(network, x[some], levels[some], cond.take(some), replay) for some in rows]
+        return torch.cat(made)[torch.argsort(torch.cat(rows))]
 
     def look(self, x: Tensor, sigma: Tensor, cond: Conditioning, role: str = REFERENCE) -> tuple[Tensor, Tensor]:
         """Return the velocity and what the denoiser makes of latents on its way; see `flowalign.pipelines.features`."""

@@ -52,6 +52,7 @@ class Branch:
 
 Spec = Constant | Rows | RowList | Repeated | Branch
 # One entry per Rows, RowList or Repeated: [prompts, copies, ...], one tuple of copies per prompt, or [prompts, 0], which only counts.
+# Rows of prompts that give tensors of different shapes are kept as tuples too.
 Leaf = Tensor | list[tuple[Tensor, ...]]
 
 
@@ -135,9 +136,7 @@ def join(spec: Spec, leaves: Iterator[Leaf]) -> Any:
         case Constant(value=value):
             return value
         case Rows(axis=axis):
-            leaf = next(leaves)
-            assert isinstance(leaf, Tensor)
-            return leaf.transpose(0, 1).flatten(0, 1).movedim(0, axis)
+            return _stacked(next(leaves)).transpose(0, 1).flatten(0, 1).movedim(0, axis)
         case RowList(copies=copies, kind=kind):
             rows = next(leaves)
             return kind(row[copy] for copy in range(copies) for row in rows)
@@ -186,8 +185,21 @@ class Conditioning:
         """Move to a device."""
         return Conditioning(layout=self.layout, leaves=moved(self.leaves, device), index=self.index.to(device))
 
+    def kinds(self) -> Tensor | None:
+        """Number the samples, ``[batch]`` on the CPU, so that those of one number can share a pass; None where all can.
+
+        A pipeline that does not pad its texts to one length gives the denoiser tensors of several shapes.
+        """
+        specs = [spec for call in self.layout for top in call.values() for spec in _flat(top)]
+        uneven = [leaf for spec, leaf in zip(specs, self.leaves, strict=True) if isinstance(spec, Rows) and isinstance(leaf, list)]
+        if not uneven:
+            return None
+        shapes = [tuple(part.shape for leaf in uneven for part in leaf[row]) for row in self.index.tolist()]
+        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+        return torch.tensor([numbers[shape] for shape in shapes]) if len(numbers) > 1 else None
+
     def arguments(self) -> list[dict[str, Any]]:
-        """Build the arguments of each denoiser call, as the pipeline passes them."""
+        """Build the arguments of each denoiser call, as the pipeline passes them; all samples are of one kind."""
         rows = (_rows(leaf, self.index) for leaf in self.leaves)
         return [{name: join(spec, rows) for name, spec in call.items()} for call in self.layout]
 
@@ -214,9 +226,7 @@ class Conditioning:
         for number, specs in enumerate(self.layout):
             for key, spec in specs.items():
                 if (number, key) == (call, name):
-                    leaf = _rows(self.leaves[position], self.index)
-                    assert isinstance(leaf, Tensor)
-                    return leaf.unbind(1)
+                    return _stacked(_rows(self.leaves[position], self.index)).unbind(1)
                 position += _num_leaves(spec)
         raise KeyError(f"the denoiser takes no argument {name!r}; it takes {sorted(self.layout[call])}")
 
@@ -235,16 +245,16 @@ def stack(layout: Layout, rows: Sequence[tuple[Leaf, ...]], index: Tensor) -> Co
 
 
 def _concatenated(parts: Sequence[Leaf]) -> Leaf:
-    if isinstance(parts[0], list):
-        return [row for part in parts for row in part]
+    """Put prompts into one leaf: one tensor, or a list where they differ in shape."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    shapes = {tuple(part.shape[1:]) for part in tensors}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"encode: prompts give the denoiser arguments of different shapes {sorted(shapes)}, so they cannot share a batch; the family must "
-            "pad them to one length (`fix`), or the pipeline be told to (max_sequence_length, padding)"
-        )
-    return torch.cat(tensors)
+    if len(tensors) == len(parts) and len({part.shape[1:] for part in tensors}) == 1:
+        return torch.cat(tensors)
+    return [tuple(row) for part in parts for row in part]
+
+
+def _stacked(leaf: Leaf) -> Tensor:
+    """Return ``[samples, copies, ...]`` of samples of one kind."""
+    return leaf if isinstance(leaf, Tensor) else torch.stack([torch.stack(row) for row in leaf])
 
 
 def num_bytes(leaves: tuple[Leaf, ...]) -> int:
@@ -280,7 +290,14 @@ def _rows(leaf: Leaf, index: Tensor) -> Leaf:
     return [leaf[row] for row in index.tolist()]
 
 
-def _num_leaves(spec: Spec) -> int:
+def _flat(spec: Spec) -> Iterator[Spec]:
+    """Name the specifications that have a leaf, in their order."""
     if isinstance(spec, Branch):
-        return sum(_num_leaves(child) for child in spec.children.values())
-    return 0 if isinstance(spec, Constant) else 1
+        for child in spec.children.values():
+            yield from _flat(child)
+    elif not isinstance(spec, Constant):
+        yield spec
+
+
+def _num_leaves(spec: Spec) -> int:
+    return sum(1 for _ in _flat(spec))

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.pipelines import economy
 from flowalign.pipelines.combine import After
@@ -19,6 +19,11 @@ from flowalign.pipelines.roles import LoRA
 
 Arguments = Mapping[str, Any]
 
+# What diffusers calls the projections of attention, in every model that it ships.
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "to_out", "to_qkv_mlp_proj"),  # the last of FLUX.2's single stream
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"),  # of the text beside the image
+)
 JOINT_ATTENTION = (
     "attn.add_k_proj",
     "attn.add_q_proj",
@@ -30,6 +35,22 @@ JOINT_ATTENTION = (
     "attn.to_v",
 )
 """LoRA targets of transformers with a stream of text beside that of the image: the attention of both."""
+
+
+def attention_targets(denoiser: nn.Module) -> tuple[str, ...]:
+    """Name the projections of attention that a denoiser has, as LoRA targets.
+
+    Raises:
+        ValueError: If it has none under the names that diffusers uses.
+    """
+    named = {name: [layer for place, layer in denoiser.named_modules() if place.endswith(f".{name}")] for name in PROJECTIONS}
+    # A name that is a list of layers elsewhere cannot be a target.
+    found = tuple(name for name, layers in named.items() if layers and all(isinstance(layer, nn.Linear) for layer in layers))
+    if not found:
+        raise ValueError(
+            f"pipeline.lora.targets: {type(denoiser).__name__} has none of {', '.join(PROJECTIONS)}; name its layers, or lora: null"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
@@ -19,6 +20,29 @@ from huggingface_hub.errors import HFValidationError
 INDEX = "model_index.json"
 # As in model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors.
 _VARIANT = re.compile(r"\.([A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors$")
+
+
+def index_of(model: str) -> dict[str, Any]:
+    """Read which class and parts a model names.
+
+    Args:
+        model: Folder, hub id, or "shapes".
+
+    Raises:
+        FileNotFoundError: If the model is nowhere; what to do is said.
+    """
+    index = (shapes_folder() if model == "shapes" else Path(model).expanduser()) / INDEX
+    if index.parent.is_dir() and not index.is_file():
+        raise FileNotFoundError(f"{model}: has no {INDEX}, so it is no diffusers pipeline")
+    try:
+        found: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else DiffusionPipeline.load_config(model)
+    except (OSError, HFValidationError) as error:
+        near = difflib.get_close_matches(model, ["shapes"], cutoff=0.5)
+        raise FileNotFoundError(
+            f"{model}: no such folder, and not to be had from the hub ({str(error).splitlines()[0]}). Check the name, accept its licence on "
+            f"its page and log in with `hf auth login`, or download it once and give the folder{'; did you mean shapes?' if near else ''}"
+        ) from error
+    return found
 
 
 def shapes_folder() -> Path:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,18 +32,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 NOTES = "flowalign"  # what our entries of the metadata begin with
 _CHECK = "loaded_back"
 _BASE = "base_fingerprint"
+_WEIGHTS = "diffusion_pytorch_model*.safetensors"  # as diffusers names them
 
 
 def save(pipeline: FlowPipeline, folder: Path, role: str, notes: Mapping[str, str] | None = None) -> None:
     """Write a role next to its final place, load it back, compare, then rename; see ``FlowPipeline.save``."""
-    with _atomically(folder) as written:
+    with atomically(folder) as written:
         is_full = pipeline.roles.lora is None
-        check = _save_full(pipeline, written, role) if is_full else _save_lora(pipeline, written, role, notes or {})
-        _checked(folder, check)
+        check = (_save_full if is_full else _save_lora)(pipeline, written, role, notes or {})
+        checked(folder, check)
 
 
 @contextmanager
-def _atomically(folder: Path) -> Iterator[Path]:
+def atomically(folder: Path) -> Iterator[Path]:
     """Give a place next to a folder to write to, which takes its name if nothing fails.
 
     What was written whole and is not as trained is kept under another name: it may be all that is left of a long run.
@@ -72,7 +72,7 @@ def _atomically(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _checked(folder: Path, check: Callable[[], None]) -> None:
+def checked(folder: Path, check: Callable[[], None]) -> None:
     """Check what was written; where there is no memory for it, keep it and say that it is unchecked."""
     try:
         check()
@@ -104,7 +104,7 @@ def _save_lora(pipeline: FlowPipeline, folder: Path, role: str, notes: Mapping[s
 
 def _check_lora(pipeline: FlowPipeline, folder: Path, role: str) -> None:
     """Load the file as a further adapter of the live network, as a stranger would: a second network may be too much for the device."""
-    roles, pipe = pipeline.roles, _with(pipeline, pipeline.denoiser)
+    roles, pipe = pipeline.roles, with_denoiser(pipeline, pipeline.denoiser)
 
     def load() -> None:
         with quiet(level=logging.ERROR):  # diffusers warns that the text encoders get no adapters
@@ -115,15 +115,8 @@ def _check_lora(pipeline: FlowPipeline, folder: Path, role: str) -> None:
         compare_behaviour(pipeline, role, Loaded(network=roles.module, pipe=pipe, acting=lambda: roles.use(_CHECK)))
 
 
-def _stranger(pipeline: FlowPipeline) -> tuple[Any, nn.Module]:
-    """Make a pipeline object of its own with a copy of the bare base: what a stranger would load the file into."""
-    fresh = copy.deepcopy(pipeline.denoiser)
-    fresh.unload_lora()
-    vars(fresh).pop("forward", None)  # accelerate patches the method of the instance; a copy of the patch calls the original
-    return _with(pipeline, fresh), fresh
-
-
-def _with(pipeline: FlowPipeline, denoiser: nn.Module) -> Any:
+def with_denoiser(pipeline: FlowPipeline, denoiser: nn.Module) -> Any:
+    """Return the pipeline with another denoiser; the parts beside it are shared."""
     other = copy.copy(pipeline.pipe)
     object.__setattr__(other, pipeline.family.denoiser, denoiser)
     return other
@@ -138,65 +131,49 @@ def _annotate(path: Path, notes: Mapping[str, str]) -> None:
 
 
 def notes_of(folder: Path) -> dict[str, str]:
-    """Read what a LoRA file says of itself: base model, recipe, seed, scores, as far as it does.
+    """Read what a LoRA, or a pipeline whose weights were all trained, says of itself: base model, recipe, seed, scores, as far as it does.
 
     Raises:
-        FileNotFoundError: If there is no LoRA file.
+        FileNotFoundError: If there is neither.
     """
-    with safe_open(_path(folder), framework="pt") as file:
-        metadata = file.metadata() or {}
-    return {name.removeprefix(f"{NOTES}."): value for name, value in metadata.items() if name.startswith(f"{NOTES}.")}
+    parts = sorted(Path(folder).glob(f"*/{_WEIGHTS}"))
+    for path in parts if parts and not holds_lora(Path(folder)) else [_path(folder)]:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        found = {name.removeprefix(f"{NOTES}."): value for name, value in metadata.items() if name.startswith(f"{NOTES}.")}
+        if found:
+            return found
+    return {}
 
 
-def merge(pipeline: FlowPipeline, folder: Path, role: str = CURRENT) -> None:
-    """Add a role's adapter to the base's weights and write the whole pipeline, which then needs no LoRA.
-
-    The result is loaded back and compared with the role, by velocities and pixels, before it takes its name. It is rounded to the base's
-    precision, so it equals the role within rounding, not to the bit.
-
-    Raises:
-        ValueError: If the pipeline has no adapters.
-        RuntimeError: If what was written does not behave like the role.
-    """
-    if pipeline.roles.lora is None:
-        raise ValueError("merge: the pipeline has no adapters; its weights are whole already (save it)")
-    with tempfile.TemporaryDirectory() as place:
-        save(pipeline, Path(place) / "lora", role)
-        stranger, fresh = _stranger(pipeline)
-        with quiet(level=logging.ERROR):
-            stranger.load_lora_weights(Path(place) / "lora", adapter_name=_CHECK)
-            fresh.fuse_lora(safe_fusing=True, adapter_names=[_CHECK])
-            fresh.unload_lora()
-    with _atomically(folder) as written:
-        _write_pipeline(pipeline, fresh, written)
-        _checked(folder, partial(_check_full, pipeline, fresh, role, written, tolerance=1e-4))
-
-
-def _write_pipeline(pipeline: FlowPipeline, network: nn.Module, folder: Path) -> None:
-    """Write the pipeline with another denoiser."""
+def write_pipeline(pipeline: FlowPipeline, network: nn.Module, folder: Path, notes: Mapping[str, str]) -> None:
+    """Write the pipeline with another denoiser, and notes into the first file of its weights."""
     with quiet(level=logging.ERROR):  # diffusers warns of parts that the pipeline does without
-        _with(pipeline, network).save_pretrained(folder, safe_serialization=True)
-        _forget_paths(folder)
+        with_denoiser(pipeline, network).save_pretrained(folder, safe_serialization=True)
+    _forget_paths(folder)
+    _annotate(min((folder / pipeline.family.denoiser).glob(_WEIGHTS)), notes)
 
 
-def _read_back(pipeline: FlowPipeline, network: nn.Module, folder: Path) -> nn.Module:
-    name, dtype = pipeline.family.denoiser, next(network.parameters()).dtype
+def read_back(pipeline: FlowPipeline, network: nn.Module, folder: Path) -> nn.Module:
+    """Load a written denoiser into main memory."""
     with quiet(level=logging.ERROR):
         loader: Any = type(network)
-        return loader.from_pretrained(folder, subfolder=name, use_safetensors=True, dtype=dtype).to(pipeline.device).eval()
+        dtype = next(network.parameters()).dtype
+        found: nn.Module = loader.from_pretrained(folder, subfolder=pipeline.family.denoiser, use_safetensors=True, dtype=dtype)
+    return found.eval()
 
 
-def _check_full(pipeline: FlowPipeline, network: nn.Module, role: str, folder: Path, **options: float) -> None:
-    """Compare a written pipeline with the network that it was written from, and with the role."""
-    fresh = _read_back(pipeline, network, folder)
+def _check_full(pipeline: FlowPipeline, network: nn.Module, role: str, folder: Path) -> None:
+    """Compare a written pipeline with the role that it was written from."""
+    fresh = read_back(pipeline, network, folder).to(pipeline.device)
     compare_tensors(dict(fresh.named_parameters()), dict(network.named_parameters()))
-    compare_behaviour(pipeline, role, Loaded(network=fresh, pipe=_with(pipeline, fresh)), **options)
+    compare_behaviour(pipeline, role, Loaded(network=fresh, pipe=with_denoiser(pipeline, fresh)))
 
 
-def _save_full(pipeline: FlowPipeline, folder: Path, role: str) -> Callable[[], None]:
+def _save_full(pipeline: FlowPipeline, folder: Path, role: str, notes: Mapping[str, str]) -> Callable[[], None]:
     """Write all weights; returns how they are checked."""
     network = pipeline.roles.network(role)
-    _write_pipeline(pipeline, network, folder)
+    write_pipeline(pipeline, network, folder, notes)
     return partial(_check_full, pipeline, network, role, folder)
 
 

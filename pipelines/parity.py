@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from flowalign.core.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel
 from flowalign.core.plans import Plan, PlanStep, chain, fork, ode
-from flowalign.core.rollout import Trajectory
-from flowalign.pipelines.base import FlowPipeline
+from flowalign.core.rollout import Trajectory, Transitions
+from flowalign.pipelines.base import Conditioning, FlowPipeline
 from flowalign.pipelines.frames import Flow, Frame
 from flowalign.pipelines.roles import CURRENT, REFERENCE
 from flowalign.pipelines.schedulers import frame_of
 from flowalign.pipelines.watch import own_images
 
 PROMPT = "a photo of a red ring"
+LONG_PROMPT = "a photo of a red ring to the left of two small green squares, on a wooden table in the last light of the evening"
 SPARING = "use dtype bfloat16, a smaller size, offload: true, gradient_checkpointing: true, or smaller batches"
 ROUNDING = 1e-4  # of images in [0, 1] and of velocities of order 1, where other batch sizes sum in another order
 
@@ -48,12 +49,14 @@ class Subject:
         noise: Two samples' first latents.
         draws: Noise of each step.
         num_steps: Steps of every rollout.
+        prompt: The text of both samples.
     """
 
     flow: FlowPipeline
     noise: Tensor
     draws: Callable[[int], Tensor]
     num_steps: int
+    prompt: str = PROMPT
 
     @property
     def kernel(self) -> Kernel:
@@ -68,7 +71,7 @@ class Subject:
     def run(self, plan: Plan, **options: Any) -> Trajectory:
         """Roll two samples of one prompt out."""
         given: dict[str, Any] = {"x_init": self.noise, "noise": self.draws} | options
-        return self.flow.rollout(self.flow.encode([PROMPT] * 2), plan, **given)
+        return self.flow.rollout(self.flow.encode([self.prompt] * 2), plan, **given)
 
 
 def subject(flow: FlowPipeline, *, num_steps: int | None = None) -> Subject:
@@ -85,7 +88,7 @@ def images_equal(it: Subject) -> Finding:
     role = REFERENCE if it.flow.roles.lora else CURRENT
     made = it.flow.decode(it.run(ode(it.num_steps), role=role).x0)
     with it.flow.roles.use(role):
-        own = own_images(it.flow, it.flow.pipe, PROMPT, it.noise, it.num_steps).float()
+        own = own_images(it.flow, it.flow.pipe, it.prompt, it.noise, it.num_steps).float()
     # Text of one length is padded and masked in training, which moves the last bits of attention.
     tolerance = 0.0 if it.flow.family.fix is None and it.flow.dtype == torch.float32 else ROUNDING
     return _distance("images equal the pipeline's own", made, own, tolerance if it.flow.dtype == torch.float32 else 0.1)
@@ -94,7 +97,7 @@ def images_equal(it: Subject) -> Finding:
 def velocities_equal(it: Subject) -> Finding:
     """Replay every recorded velocity in the batch that it was recorded in."""
     table = it.run(chain(it.kernel, it.num_steps)).transitions
-    cond = it.flow.encode([PROMPT] * 2)
+    cond = it.flow.encode([it.prompt] * 2)
     again = []
     for step in table.step.unique():
         rows = table.take((table.step == step).nonzero().squeeze(1))
@@ -128,7 +131,7 @@ def forks_go_on(it: Subject) -> Finding:
         return torch.cat([it.draws(step), it.draws(step).flip(0)])
 
     done = it.run(plan, noise=draws)
-    rows, cond = done.transitions, it.flow.encode([PROMPT] * 2)
+    rows, cond = done.transitions, it.flow.encode([it.prompt] * 2)
     left = rows.take(torch.arange(0, len(rows), 2))  # both children of a state leave it with one evaluation
     with torch.no_grad():
         again = it.flow.velocity(left.x, left.sigma, cond.take(left.seed))
@@ -142,14 +145,25 @@ def forks_go_on(it: Subject) -> Finding:
 def batches_agree(it: Subject) -> Finding:
     """Replay row by row what was recorded in a batch, and all steps in one."""
     table = it.run(chain(it.kernel, it.num_steps)).transitions
-    cond = it.flow.encode([PROMPT] * 2).take(table.sample)
+    cond = it.flow.encode([it.prompt] * 2).take(table.sample)
+    rows = _row_by_row(it, table, cond)
+    with torch.no_grad():
+        whole = it.flow.velocity(table.x, table.sigma, cond)
+    return _rounding(it, "micro-batches replay the same", torch.stack([rows, whole]), table.velocity)
+
+
+def lengths_agree(it: Subject) -> Finding:
+    """Sample a short and a long text in one batch, and replay each alone: no text may depend on another one's length."""
+    cond = it.flow.encode([PROMPT, LONG_PROMPT])
+    table = it.flow.rollout(cond, chain(it.kernel, it.num_steps), x_init=it.noise, noise=it.draws).transitions
+    rows = _row_by_row(it, table, cond.take(table.sample))
+    return _rounding(it, "texts of two lengths share a batch", rows, table.velocity)
+
+
+def _row_by_row(it: Subject, table: Transitions, cond: Conditioning) -> Tensor:
     with torch.no_grad():
         rows = [it.flow.velocity(table.x[i : i + 1], table.sigma[i : i + 1], cond.take(torch.tensor([i]))) for i in range(len(table))]
-        whole = it.flow.velocity(table.x, table.sigma, cond)
-    both = torch.stack([torch.cat(rows), whole])
-    size = float(table.velocity.abs().max().clamp(min=1.0))
-    tolerance = ROUNDING if it.flow.dtype == torch.float32 else 0.1
-    return _distance("micro-batches replay the same", both / size, table.velocity.expand_as(both) / size, tolerance)
+    return torch.cat(rows)
 
 
 def adapters_reach_attention(it: Subject) -> Finding:
@@ -169,8 +183,8 @@ def adapters_reach_attention(it: Subject) -> Finding:
 
 
 def attention_layers(module: nn.Module) -> list[str]:
-    """Name the modules that have a projection to queries, as diffusers calls it."""
-    return [name.removesuffix(".to_q") for name, _ in module.named_modules() if name.endswith(".to_q")]
+    """Name the modules that have a projection to queries, alone or with others, as diffusers calls it."""
+    return [name.rpartition(".")[0] for name, _ in module.named_modules() if name.endswith((".to_q", ".to_qkv_mlp_proj"))]
 
 
 CHECKS: Mapping[str, Callable[[Subject], Finding]] = {
@@ -180,6 +194,7 @@ CHECKS: Mapping[str, Callable[[Subject], Finding]] = {
     "resuming": resuming_is_going_on,
     "forks": forks_go_on,
     "batches": batches_agree,
+    "lengths": lengths_agree,
     "adapters": adapters_reach_attention,
 }
 
@@ -199,6 +214,13 @@ def attempt(name: str, check: Callable[[], Finding]) -> Finding:
         return Finding(check=name, passed=False, found=f"out of memory ({str(error).partition(chr(10))[0]}); {SPARING}")
     except Exception as error:  # what is examined is other people's code: whatever it raises is a finding, and the other checks go on
         return Finding(check=name, passed=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _rounding(it: Subject, check: str, got: Tensor, expected: Tensor) -> Finding:
+    """Compare velocities of other batches, relative to the largest."""
+    size = float(expected.abs().max().clamp(min=1.0))
+    tolerance = ROUNDING if it.flow.dtype == torch.float32 else 0.1
+    return _distance(check, got / size, expected.expand_as(got) / size, tolerance)
 
 
 def _distance(check: str, got: Tensor, expected: Tensor, tolerance: float) -> Finding:

@@ -133,12 +133,12 @@ class Recorder:
         """Read all comparisons.
 
         Args:
-            latents: What the pipeline returned; None where the call was left.
+            latents: What the pipeline returned; None where the call was left. Of another shape it is unpacked, and not compared.
 
         Raises:
             ValueError: With the first thing that did not hold.
         """
-        if latents is not None:
+        if latents is not None and latents.shape == self._shown.shape:
             self._compare(self._num_steps, latents)
         # Edits first: whatever else is seen then follows from them.
         flags = self._edits + self._flags

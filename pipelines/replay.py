@@ -55,6 +55,8 @@ class Replay:
         calls: The calls of a step, in order.
         slope: The timestep is ``slope * clock + offset``, where the clock is sigma, or the training timestep of a variance-preserving model.
         offset: See slope.
+        shift: Where the denoiser is told a flow's schedule as it was before it was shifted (CogView4), the clock is ``u`` of
+            ``sigma = shift * u / (1 + (shift - 1) * u)``; else 1.
         dtype: Type of the timestep.
         combine: From the outputs of a step, ``[batch, *event]`` each, to the prediction.
         output_dtype: What the pipeline combines outputs in.
@@ -68,6 +70,7 @@ class Replay:
     combine: Guidance | Linear
     output_dtype: torch.dtype
     frame: Frame
+    shift: float = 1.0
 
     def timestep(self, sigma: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
         """Map noise levels to timesteps.
@@ -77,7 +80,7 @@ class Replay:
             known: Levels and timesteps that a rollout has recorded; these are given back verbatim, others by the rule.
         """
         # The scheduler's own arithmetic, float32 sigmas times a number, so that even the rule hits its timesteps.
-        clock = self.frame.clock(sigma)
+        clock = _unshifted(self.frame.clock(sigma), self.shift)
         ruled = clock * self.slope + self.offset if self.offset else clock * self.slope
         levels, timesteps = known
         if len(levels):
@@ -102,7 +105,7 @@ def learn_replay(
 
     Raises:
         ValueError: If the pipeline cannot be replayed: calls or arguments that change between steps, a timestep that
-            is not affine in sigma, or outputs that are not combined linearly. The reason is named.
+            is not affine in sigma, before or after a shift of the schedule, or outputs that are not combined linearly. The reason is named.
     """
     counts = [len(step.calls) for step in steps]
     if min(counts) == 0 or min(counts) != max(counts):
@@ -112,7 +115,7 @@ def learn_replay(
         )
     calls = tuple(_learn_call(steps, number) for number in range(counts[0]))
     frame = Flow() if frame is None else frame
-    slope, offset = _affine(steps, calls[0].timestep, frame)
+    slope, offset, shift = _rule(steps, calls[0].timestep, frame)
     told = steps[0].calls[0].arguments[calls[0].timestep].dtype
     wide = steps[0].model_output.dtype
     outputs = [_outputs(step, calls, wide) for step in steps]
@@ -129,6 +132,7 @@ def learn_replay(
         combine=learn_combination(outputs, steps, scales, afters),
         output_dtype=wide,
         frame=frame,
+        shift=shift,
     )
 
 
@@ -175,13 +179,18 @@ def _outputs(step: RecordedStep, calls: Sequence[CallRule], dtype: torch.dtype) 
 
 
 def _learn_call(steps: Sequence[RecordedStep], number: int) -> CallRule:
-    found = [_latents(step.calls[number], step.sample) for step in steps]
+    found = [latents_of(step.calls[number], step.sample) for step in steps]
     if any(rule != found[0] for rule in found):
         raise ValueError(f"the pipeline passes its latents under changing names or numbers of copies: {found}")
     return replace(found[0], timestep=_timestep_name([step.calls[number] for step in steps], found[0].latents))
 
 
-def _latents(call: Call, sample: Tensor) -> CallRule:
+def latents_of(call: Call, sample: Tensor) -> CallRule:
+    """Find the argument of a denoiser call that holds the latents.
+
+    Raises:
+        ValueError: If none does.
+    """
     for name, value in call.arguments.items():
         listed = isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
         tensor = torch.stack(value) if listed and len({item.shape for item in value}) == 1 else value
@@ -193,9 +202,10 @@ def _latents(call: Call, sample: Tensor) -> CallRule:
             shown = rule.show(sample)
             if torch.equal(torch.stack(shown) if isinstance(shown, list) else shown, tensor):
                 return rule
+    seen = ", ".join(f"{name} {list(value.shape)}" for name, value in call.arguments.items() if isinstance(value, Tensor))
     raise ValueError(
-        "no argument of the denoiser equals the latents that the scheduler sees; the pipeline changes them in between (image conditioning, "
-        "input scaling) and needs a family of its own"
+        f"no argument of the denoiser equals the latents that the scheduler sees, {list(sample.shape)} (it is told {seen}); the pipeline changes "
+        "them in between (image conditioning, input scaling) and needs a family of its own"
     )
 
 
@@ -214,20 +224,49 @@ def _timestep_name(calls: Sequence[Call], latents: str) -> str:
     return levels[0]
 
 
-def _affine(steps: Sequence[RecordedStep], name: str, frame: Frame) -> tuple[float, float]:
-    sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64)
-    clock = frame.clock(sigma).double()
+def _rule(steps: Sequence[RecordedStep], name: str, frame: Frame) -> tuple[float, float, float]:
+    """From clock to timestep: slope, offset, and by how much the schedule was shifted after the denoiser's timesteps were taken from it."""
+    clock = frame.clock(torch.tensor([step.sigma for step in steps], dtype=torch.float64)).double()
     recorded = [step.calls[0].arguments[name].flatten()[0] for step in steps]
     value = torch.stack([timestep.double().cpu() for timestep in recorded])
-    design = torch.stack([clock, torch.ones_like(clock)], dim=1)
-    slope, offset = torch.linalg.lstsq(design, value[:, None]).solution.flatten().tolist()
-    # Every pipeline in use has round numbers here (1000 sigma, sigma, 1 - sigma); what is left is rounding.
     tolerance = TOLERANCE.get(recorded[0].dtype, 1e-2)
+    slope, offset, residual = _affine(clock, value, tolerance)
+    if residual <= tolerance:
+        return slope, offset, 1.0
+    # Three numbers are solved for: only a fourth step can tell that they are not those of the rule.
+    shift = _shift(clock, value) if isinstance(frame, Flow) and len(steps) > 3 else 1.0
+    slope, offset, after = _affine(_unshifted(clock, shift), value, tolerance)
+    if after <= tolerance:
+        return slope, offset, shift
+    seen = ", ".join(f"{told:.4g} at {level:.4g}" for told, level in zip(value.tolist(), clock.tolist(), strict=True))
+    raise ValueError(
+        f"the denoiser's {name} is not affine in sigma (relative residual {residual:.2g}), nor in the schedule before a shift: it is told {seen}; "
+        "a family must say how its timesteps depend on the noise level"
+    )
+
+
+def _affine(clock: Tensor, value: Tensor, tolerance: float) -> tuple[float, float, float]:
+    """Solve for slope and offset; returns them with the relative residual."""
+    slope, offset = _least_squares([clock, torch.ones_like(clock)], value)
+    # Every pipeline in use has round numbers here (1000 sigma, sigma, 1 - sigma); what is left is rounding.
     slope, offset = (float(round(v)) if abs(v - round(v)) <= tolerance * float(value.abs().max()) else v for v in (slope, offset))
-    residual = float((slope * clock + offset - value).abs().max() / value.abs().max())
-    if residual > tolerance:
-        raise ValueError(f"the denoiser's {name} is not affine in sigma (relative residual {residual:.2g})")
-    return slope, offset
+    return slope, offset, float((slope * clock + offset - value).abs().max() / value.abs().max())
 
 
-__all__ = ["CallRule", "Guidance", "Linear", "Replay", "differences", "learn_replay", "tensor_of"]
+def _shift(clock: Tensor, value: Tensor) -> float:
+    """Solve ``value = (p * clock + q) / (r * clock + 1)``, which an affine function of a schedule is after a shift by ``1 / (1 + r)``."""
+    _, _, r = _least_squares([clock, torch.ones_like(clock), -value * clock], value)
+    return 1 / (1 + r) if r > -1 else 1.0
+
+
+def _least_squares(columns: list[Tensor], target: Tensor) -> list[float]:
+    found: list[float] = torch.linalg.lstsq(torch.stack(columns, 1), target[:, None]).solution.flatten().tolist()
+    return found
+
+
+def _unshifted(clock: Tensor, shift: float) -> Tensor:
+    """Take a shift of a schedule back."""
+    return clock if shift == 1 else clock / (clock + shift * (1 - clock))
+
+
+__all__ = ["CallRule", "Guidance", "Linear", "Replay", "differences", "latents_of", "learn_replay", "tensor_of"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class Roles:
         self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
         self.active = CURRENT
         self._guest: str | None = None
+        if lora is not None and not isinstance(module, PeftAdapterMixin):
+            raise ValueError(
+                f"pipeline.lora: diffusers puts no adapters on a {type(module).__name__}; set pipeline.lora to null to train all weights"
+            )
         module.requires_grad_(lora is None)
         if self._config is not None:
             with torch.random.fork_rng(devices=[]):

@@ -172,6 +172,10 @@ def _driven_flow(parent: Any, driver: Driver) -> Any:
         def set_begin_index(self, begin_index: int = 0) -> None:
             _refuse_offset(begin_index)
 
+        def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+            """Return a flow's latents as they are; some pipelines ask every scheduler but diffusers' own class (Bria)."""
+            return sample
+
         def step(
             self,
             model_output: Tensor,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from flowalign.pipelines.base import FlowPipeline
 
 
+_STEPS = 4  # that are recorded: a rule of three numbers is checked by a fourth
+
+
 class Learnt(NamedTuple):
     """What recordings told of a pipeline.
 
@@ -33,32 +36,33 @@ class Learnt(NamedTuple):
     stand_in: StandIn | None
 
 
-def probe(
-    flow: FlowPipeline,
-    driver: Probe,
-    prompts: Sequence[str],
-    num_steps: int,
-    *,
-    given: bool = True,
-    encoder: Callable[..., Any] | None = None,
-) -> Probe:
-    """Call the pipeline under a probe.
+def probe(flow: FlowPipeline, driver: Probe, prompts: Sequence[str], num_steps: int, *, encoder: Callable[..., Any] | None = None) -> Probe:
+    """Call the pipeline under a probe with latents of our own, so that it draws nothing from torch's global generator.
 
     Args:
         flow: The pipeline.
         driver: Says when it is left.
         prompts: Texts, one a sample.
         num_steps: Of the schedule.
-        given: Whether latents are given; else the pipeline draws them.
         encoder: What answers in the place of ``encode_prompt``.
     """
-    # Latents are given, so that the pipeline draws nothing from torch's global generator; samples differ, so that no wrong axis fits.
-    generator = torch.Generator().manual_seed(0)
+    # Samples differ, so that no wrong axis fits.
+    x = torch.randn(len(prompts), *flow.event_shape, generator=torch.Generator().manual_seed(0)).to(flow.device, flow.dtype)
+    return call(flow, driver, prompts, num_steps, latents=flow.packing.unpacked(x), encoder=encoder)
+
+
+def call(
+    flow: FlowPipeline,
+    driver: Probe,
+    prompts: Sequence[str],
+    num_steps: int,
+    *,
+    latents: Tensor | None,
+    encoder: Callable[..., Any] | None = None,
+) -> Probe:
+    """Call the pipeline under a probe with given latents, as it takes them; None lets it draw its own."""
     arguments = {**flow.family.arguments, **texts(flow.family, prompts), "num_inference_steps": num_steps}
-    if given:
-        arguments["latents"] = torch.randn(len(prompts), *flow.event_shape, generator=generator).to(flow.device, flow.dtype)
-    else:
-        arguments["generator"] = generator
+    arguments |= {"generator": torch.Generator().manual_seed(0)} if latents is None else {"latents": latents}
     with flow.precision(), flow.resting.awake(text=encoder is None or isinstance(encoder, Encoder)):
         return run_probe(flow.pipe, flow.family.denoiser, flow.denoiser, driver, arguments, encoder)
 
@@ -81,9 +85,9 @@ def learn_all(flow: FlowPipeline) -> Learnt:
     Raises:
         ValueError: If the pipeline cannot be replayed; the reason is named.
     """
-    family, num_steps = flow.family, max(flow.num_steps, 3)
+    family, num_steps = flow.family, max(flow.num_steps, _STEPS)
     encoders = [None, None] if family.embeds else [watched(flow.pipe), watched(flow.pipe)]
-    steps = probe(flow, Probe(num_steps=3), ["a", "b"], num_steps, encoder=encoders[1]).steps
+    steps = probe(flow, Probe(num_steps=_STEPS), ["a", "b"], num_steps, encoder=encoders[1]).steps
     replay = learn_replay(steps, (family.guidance_scale,), afters=family.afters, frame=frame_of(flow.pipe.scheduler))
     one = probe(flow, Probe(num_steps=1, num_calls=len(replay.calls)), ["a"], num_steps, encoder=encoders[0]).calls
     layout = []
@@ -107,7 +111,8 @@ def decode(flow: FlowPipeline, x: Tensor) -> Tensor:
     _, replay, stand_in = flow.learnt()
     assert stand_in is not None
     family, shown = flow.family, x.to(flow.device, flow.dtype)
-    arguments = {**family.arguments, **texts(family, [""] * len(x)), "num_inference_steps": flow.num_steps, "latents": shown}
+    given = {"num_inference_steps": flow.num_steps, "latents": flow.packing.unpacked(shown)}
+    arguments = {**family.arguments, **texts(family, [""] * len(x)), **given}
     driver = Decoder(flow.num_steps - 1, shown)
     with installed(flow.pipe, family.denoiser, flow.denoiser, driver, stand_in(len(x))), silenced(flow.denoiser, replay):
         images: Tensor = flow.pipe(**arguments, output_type="pt", return_dict=False)[0]
@@ -129,7 +134,8 @@ def own_images(flow: FlowPipeline, pipe: Any, prompt: str, noise: Tensor, num_st
     kind, config = drivable(pipe.scheduler)
     negative = {} if flow.family.negative_prompt is None else {"negative_prompt": [flow.family.negative_prompt]}
     asked = {"prompt": [prompt], "num_images_per_prompt": len(noise), **negative}
-    options = {"num_inference_steps": num_steps, "latents": noise.to(flow.device, flow.dtype), "output_type": "pt", "return_dict": False}
+    latents = flow.packing.unpacked(noise.to(flow.device, flow.dtype))
+    options = {"num_inference_steps": num_steps, "latents": latents, "output_type": "pt", "return_dict": False}
     before = pipe.scheduler
     try:
         if not isinstance(before, kind):

@@ -1,6 +1,6 @@
 """Rollouts: run a plan from noise to data and keep the transitions that are trained, as one flat table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -182,6 +182,7 @@ def explore(
     *,
     start: int = 0,
     batch_size: int | None = None,
+    kinds: Tensor | None = None,
     finish: Callable[[Tensor], Tensor] = lambda x: x,
     ended: Ended | None = None,
 ) -> Trajectory:
@@ -195,6 +196,7 @@ def explore(
         noise: Standard normal draws for a step, ``[batch * len(plan.drawn(step, start)), *event]``; asked once where something is drawn.
         start: Begin in the middle of the schedule.
         batch_size: States of one walk; None for all.
+        kinds: A number for each initial state, on the CPU: what descends from states of different numbers is never in one walk. None for one number.
         finish: From a state at the end of the grid to what walks return there.
         ended: Called with final states as they come and their rows of ``x0``: what follows a rollout may begin before it is over.
 
@@ -218,7 +220,7 @@ def explore(
         parts = run.waiting.pop((at, kernel))
         x, leaf = (torch.cat(column) for column in zip(*parts, strict=True))
         stop = plan.path_stop(at) if kernel is None else plan.num_steps
-        for rows in torch.arange(len(x)).split(batch_size or max(1, len(x))):
+        for rows in _walks(leaf // leaves, kinds, batch_size):
             take = Take(run=run, leaf=leaf[rows], completion=kernel, stop=stop)
             end = walk(x[rows.to(x.device)], take.leaf // leaves, at, stop, take)
             if take.ends:
@@ -232,6 +234,13 @@ def explore(
         num_leaves=leaves,
         evaluations=run.evaluations,
     )
+
+
+def _walks(seed: Tensor, kinds: Tensor | None, batch_size: int | None) -> Iterator[Tensor]:
+    """Share states, told by their initial ones, out among walks."""
+    groups = [torch.arange(len(seed))] if kinds is None else [(kinds[seed] == kind).nonzero().squeeze(1) for kind in kinds[seed].unique()]
+    for group in groups:
+        yield from group.split(batch_size or max(1, len(group)))
 
 
 def rollout(

@@ -28,6 +28,7 @@ from flowalign.train.collect import Collected, Collector, Metric
 from flowalign.train.distance import distance_to_base, is_measured
 from flowalign.train.flops import measure
 from flowalign.train.journal import Clock, Journal
+from flowalign.train.loss_scale import scale_for
 from flowalign.train.memory import exhausted
 from flowalign.train.pairs import PairCollector
 from flowalign.train.players import HeadPlayer, Player, build_discriminator, build_fake, build_heads
@@ -96,6 +97,7 @@ class Trainer:
             self.pipeline.roles.add(AVERAGE)
         config = self.config
         engines.check(self.accelerator, self.algorithm, shard=config.shard)
+        self.scale = scale_for(self.pipeline.dtype, self.algorithm)
         self.sharded = config.shard and self.accelerator.num_processes > 1
         for network in self.pipeline.roles.networks() if self.sharded else ():
             sharding.shard(network)
@@ -252,13 +254,28 @@ class Trainer:
             raise
         except FloatingPointError as error:
             raise self._diverged(name, update.step, str(error)) from error
-        norm = sharding.number(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
+        norm = self._clip(player)
         if count == 0:  # every sample was filtered out: nothing to learn, and no momentum to follow
-            player.optimizer.zero_grad(set_to_none=True)
+            self._forget(player)
             return {}
         means = self._mean_over_ranks(sums)
+        if self.scale is not None:
+            if self.scale.overflows(loss=means["loss"], norm=norm):
+                self._forget(player)
+                return {}
+            means["loss_scale"] = self.scale.value
         self._check_finite(name, update.step, means["loss"], norm)
         return {**means, "grad_norm": norm}
+
+    def _clip(self, player: Player) -> float:
+        """Clip a player's gradient; returns the norm that it had."""
+        if self.scale is not None:
+            self.scale.unscale(player.parameters)
+        return sharding.number(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
+
+    def _forget(self, player: Player) -> None:
+        """Drop a player's gradient."""
+        player.optimizer.zero_grad(set_to_none=True)
 
     def _move(self, name: str, means: Mapping[str, float], update: Update) -> dict[str, float]:
         """Make one optimizer update of one player by the gradient that it has; without one nothing moves and nothing is logged."""
@@ -296,7 +313,8 @@ class Trainer:
                 if look_at is not None:
                     part = self._look([part], velocity, look_at, keep_pass=True)[0][0]
                 loss = self.algorithm.loss(player, part, velocity)
-                self.accelerator.backward((loss.value * mask.to(loss.value)).sum() / max(count, 1.0))
+                mean = (loss.value * mask.to(loss.value)).sum() / max(count, 1.0)
+                self.accelerator.backward(mean if self.scale is None else mean * self.scale.value)
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                 # A metric that is NaN says nothing of its row; a loss that is NaN says a lot.
                 told = mask if name == "loss" else mask & ~torch.isnan(value)
@@ -335,7 +353,7 @@ class Trainer:
 
     def _diverged(self, player: str, step: int, what: str) -> Diverged:
         for other in self.trained.values():
-            other.optimizer.zero_grad(set_to_none=True)
+            self._forget(other)
         if player not in self.trained:
             return Diverged(
                 f"step {step}, the frozen {player}: {what} (last finite: {self._last_finite}); nobody was updated. Its weights are broken, or pipeline.dtype "
@@ -432,6 +450,7 @@ class Trainer:
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
             "best": None if self.best is None else self.best.state_dict(),
+            "scale": None if self.scale is None else self.scale.state_dict(),
             "state": self.state,
             "fake": checkpoint.optimizer_state(self.trained[FAKE].optimizer) if FAKE in self.trained else None,
             "may_move": self.may_move,
@@ -448,6 +467,8 @@ class Trainer:
             head.load_state_dict(state["heads"][name])
         if self.best is not None and state.get("best") is not None:
             self.best.load_state_dict(state["best"])
+        if self.scale is not None and state.get("scale") is not None:
+            self.scale.load_state_dict(state["scale"])
         if FAKE in self.trained:
             self.state = dict(state["state"])
             checkpoint.restore_optimizer(self.trained[FAKE].optimizer, state["fake"])

@@ -5,9 +5,9 @@ import torch
 
 from flowalign.core.kernels import Euler, FlowSDE, gaussian_log_prob
 from flowalign.core.links import ppo_clip
-from flowalign.core.plans import Plan, PlanStep, chain, ode
+from flowalign.core.plans import Plan, PlanStep, chain, fork, ode
 from flowalign.core.randomness import generator, key, normal, uniform
-from flowalign.core.rollout import replay, rollout
+from flowalign.core.rollout import explore, replay, rollout
 from flowalign.core.schedules import flow_sigmas
 from flowalign.core.surrogates import transition_score
 from flowalign.core.worlds import GaussianWorld
@@ -55,6 +55,35 @@ def test_transitions_follow_one_another_and_lead_to_the_final_state():
         assert now.sample.tolist() == list(range(5))
     last = table.take((table.step == 9).nonzero().squeeze(1))
     assert torch.equal(last.x_next, done.x0)
+
+
+@pytest.mark.parametrize("plan", [chain(FlowSDE(0.7), 10), fork(FlowSDE(0.7), 10, num_children=3, steps=range(2, 6))])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_states_of_different_kinds_are_never_in_one_walk_and_that_changes_nothing(plan, batch_size):
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kinds = torch.tensor([0, 1, 0, 2, 1])
+
+    def noise(step):
+        return torch.randn(5 * len(plan.drawn(step, 0)), 1, generator=torch.Generator().manual_seed(1 + step), dtype=torch.float64)
+
+    walked = []
+
+    def walk(x, seed, start, stop, take):
+        walked.append(seed)
+        for i in range(start, stop):
+            x = take(i, x, WORLD.velocity(x, SIGMAS[i]))
+        return x
+
+    together = explore(walk, x, SIGMAS, plan, noise)
+    assert len(walked[0]) == 5
+    walked.clear()
+    apart = explore(walk, x, SIGMAS, plan, noise, batch_size=batch_size, kinds=kinds)
+    assert torch.equal(apart.x0, together.x0)
+    assert apart.evaluations == together.evaluations
+    order = [torch.argsort(done.transitions.step * 1000 + done.transitions.sample) for done in (apart, together)]
+    assert torch.equal(apart.transitions.take(order[0]).x_next, together.transitions.take(order[1]).x_next)
+    assert all(len(kinds[seed].unique()) == 1 for seed in walked)
+    assert batch_size is None or max(map(len, walked)) <= batch_size
 
 
 def test_replaying_the_kernel_gives_a_ratio_of_exactly_one():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.pipelines import base
-from flowalign.pipelines.conditioning import Conditioning, join, learn, num_bytes, split
+from flowalign.pipelines.conditioning import Conditioning, join, learn, num_bytes, split, stack
 from tests.pipelines.tiny import PROMPTS
 
 
@@ -74,6 +74,27 @@ def test_a_constant_that_depends_on_the_prompt_is_refused():
     spec = learn("length", 7, 7)
     with pytest.raises(ValueError, match="taken for a constant"):
         list(split("length", spec, 8, 1))
+
+
+def test_prompts_of_different_lengths_are_kept_apart_and_told_by_their_kind():
+    """As a pipeline that does not pad its texts gives them: ``[2 * num, length, 3]``, of lengths 2, 5 and 2."""
+    spec = learn("embeds", ramp(2, 4, 3), ramp(4, 4, 3))
+    texts = [ramp(2, length, 3, start=100.0 * i) for i, length in enumerate((2, 5, 2))]
+    rows = [tuple(split("embeds", spec, text, 1)) for text in texts]
+    cond = stack(({"embeds": spec},), rows, torch.tensor([0, 1, 2, 1]))
+    assert cond.kinds().tolist() == [0, 1, 0, 1]
+    short, long = cond.take(torch.tensor([2, 0])), cond.take(torch.tensor([1, 3]))
+    assert short.kinds() is None
+    assert long.kinds() is None
+    assert torch.equal(short.arguments()[0]["embeds"], torch.stack([texts[2], texts[0]], 1).flatten(0, 1))
+    assert torch.equal(long.arguments()[0]["embeds"], torch.stack([texts[1], texts[1]], 1).flatten(0, 1))
+    assert torch.equal(long.halves("embeds")[1], texts[1][[1, 1]])
+    assert torch.equal(cond.alone(0, 1, 2).take(torch.tensor([1])).arguments()[0]["embeds"], texts[1][1:])
+    assert num_bytes(cond.leaves) == sum(text.nbytes for text in texts)
+
+
+def test_prompts_of_one_length_are_of_one_kind(shared):
+    assert shared.encode(PROMPTS).kinds() is None
 
 
 def test_conditioning_does_not_depend_on_batch_mates(shared, build):

@@ -1,5 +1,6 @@
 """What saves memory and time: each switch is really on, and numbers stay what they were within the stated error."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowalign.core.kernels import FlowSDE
+from flowalign.core.kernels import DDIM, FlowSDE
 from flowalign.core.plans import chain, ode
-from flowalign.pipelines import economy
+from flowalign.pipelines import economy, record
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.conditioning import moved
 from flowalign.pipelines.recorder import Recorder
@@ -208,11 +209,11 @@ class Reached(Exception):
     """How many steps were taken before anything was read."""
 
 
-@pytest.mark.parametrize("case", ["sd3 guided", "flux dev"])
+@pytest.mark.parametrize("case", ["sd3 guided", "flux dev", "sd 1.5 guided", "sdxl guided", "qwen_image guided", "z_image guided"])
 def test_no_denoising_step_waits_for_the_device(case, monkeypatch):
     """On a device that has no numbers, whoever reads one fails: only the schedule before the first step and the checks after the last."""
     flow = families.build(case)
-    plan, begin, sigmas = chain(FlowSDE(0.7), flow.num_steps), Recorder.begin, flow.sigmas()
+    plan = chain(DDIM(1.0) if flow.family.denoiser == "unet" else FlowSDE(0.7), flow.num_steps)
     cond, draws = flow.encode(PROMPTS), lambda step: noise_of(flow, seed=step + 1).to(flow.device)
     flow.rollout(cond, plan, x_init=noise_of(flow), noise=draws)  # what is learnt at the first call
     flow.pipe.to("meta")
@@ -222,15 +223,39 @@ def test_no_denoising_step_waits_for_the_device(case, monkeypatch):
     options = {"x_init": noise_of(flow), "noise": draws}
     with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
         flow.rollout(cond.to("meta"), plan, **options)
-    monkeypatch.setattr(Recorder, "begin", lambda self, schedule: begin(self, replace(schedule, sigmas=sigmas)))
+    driven, called, read, may_read = record.driven_scheduler, Recorder.call, torch.Tensor.tolist, [True]
+
+    def scheduled(scheduler, driver):
+        """The schedule is read before it goes to the device."""
+        made = driven(scheduler, driver)
+        schedule = made.set_timesteps
+
+        @functools.wraps(schedule)
+        def set_timesteps(*args, **kwargs):
+            schedule(*args, **{**kwargs, "device": "cpu"})
+            made.timesteps = made.timesteps.to("meta")
+
+        made.set_timesteps = set_timesteps
+        return made
+
+    def call(self, arguments):
+        may_read[0] = False
+        return called(self, arguments)
+
+    def tolist(tensor):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype).tolist() if may_read[0] and tensor.device.type == "meta" else read(tensor)
 
     def reached(self, latents):
         raise Reached(len(self.levels))
 
+    monkeypatch.setattr(record, "driven_scheduler", scheduled)
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(Recorder, "call", call)
     monkeypatch.setattr(Recorder, "check", reached)
     with pytest.raises(Reached) as end:
         flow.rollout(cond.to("meta"), plan, **options)
     assert end.value.args == (flow.num_steps,)
+    assert not may_read[0]
 
 
 def test_levels_of_several_steps_are_one_pass_of_the_denoiser():

@@ -1,19 +1,24 @@
 """Every family keeps the promises of record and replay, in float32, on tiny random components."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from torch.distributed.fsdp import FSDPModule
 
 from flowalign.core.kernels import DDIM, Euler, FlowSDE
 from flowalign.core.paths import interpolate
 from flowalign.core.plans import Plan, PlanStep, chain, ode, window
-from flowalign.pipelines import auto, parity
+from flowalign.pipelines import parity, worked_out
 from flowalign.pipelines.combine import Guidance, LimitedNorm, Rescale, SameNorm
+from flowalign.pipelines.family import attention_targets
 from flowalign.pipelines.frames import VariancePreserving, factors
+from flowalign.pipelines.guided import alone
 from flowalign.pipelines.loading import quiet
+from flowalign.pipelines.roles import LoRA
 from flowalign.pipelines.watch import own_images
 from tests.pipelines.families import CASES, build, pipeline, settings
 
@@ -32,6 +37,13 @@ REACHED = {
     "auto flux": (2, 2, 11),
     "auto sdxl": (8, 8, 32),
     "auto z_image": (3, 3, 12),
+    "auto flux2_klein": (2, 2, 9),
+    "auto cogview4": (2, 2, 8),
+    "auto sana": (4, 4, 16),
+    "auto hidream": (2, 2, 12),
+    "auto bria": (2, 2, 11),
+    "auto ovis": (2, 2, 11),
+    "auto ernie": (1, 1, 4),
 }
 
 
@@ -49,7 +61,9 @@ def test_a_family_keeps_its_promise(case, check):
     if check == "adapters":
         reached, layers, matrices = REACHED.get(case) or REACHED[case.split()[0]]
         assert finding.found.startswith(f"{reached} of {layers} layers, {matrices} matrices")
-    elif check != "batches" and not (check == "images" and case.startswith("qwen")):  # a padded text: within rounding, and see below
+    elif check not in ("batches", "lengths") and not (
+        check == "images" and case.startswith("qwen")
+    ):  # a padded text: within rounding, and see below
         assert finding.found == "equal"
 
 
@@ -65,7 +79,7 @@ def test_guidance_needs_only_the_other_half_where_the_conditional_one_is_known(c
     sigma = torch.tensor([0.2, 0.5, 0.9])
     rows = []
     handle = flow.denoiser.register_forward_hook(lambda module, args, kwargs, output: rows.append(1), with_kwargs=True)
-    conditional = flow._output(rule.conditional, rule.sign, x, sigma, cond)
+    conditional = alone(flow, rule.conditional, rule.sign, x, sigma, cond)
     one = len(rows)
     guided = flow.guide(x, sigma, cond, conditional)
     handle.remove()
@@ -311,7 +325,7 @@ def test_flow_sde_runs_below_pure_noise_too():
 # Guidance of other kinds
 
 
-def test_texts_of_different_lengths_share_a_batch_where_they_are_padded_and_are_refused_where_not():
+def test_texts_of_different_lengths_share_a_pass_where_they_are_padded_and_are_kept_apart_where_not():
     it = subject("qwen_image guided")
     cond = it.flow.encode(["a", "a much longer text"])
     with torch.no_grad():
@@ -321,12 +335,41 @@ def test_texts_of_different_lengths_share_a_batch_where_they_are_padded_and_are_
             assert (alone - both[i : i + 1]).abs().max() < 1e-5
     flow = build("qwen_image")
     flow.family = replace(flow.family, fix=None)
-    with pytest.raises(ValueError, match="must pad them to one length"):
-        flow.encode(["a", "a much longer text"])
+    cond = flow.encode(["a", "a much longer text"])
+    assert cond.kinds().tolist() == [0, 1]
+    calls = []
+    flow.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["encoder_hidden_states"].shape), with_kwargs=True
+    )
+    with torch.no_grad():
+        both = flow.velocity(it.noise, torch.tensor([0.5, 0.3]), cond)
+        alone = [flow.velocity(it.noise[i : i + 1], torch.tensor(level), cond.take(torch.tensor([i]))) for i, level in ((0, 0.5), (1, 0.3))]
+    assert torch.equal(both, torch.cat(alone))
+    assert len(set(calls[:2])) == 2
+    with pytest.raises(ValueError, match="does not pad its texts to one length, so that processes that share weights"):
+        flow.replayed(object.__new__(type("Shared", (FSDPModule,), {"__new__": object.__new__})), it.noise, torch.tensor(0.5), cond)
+
+
+@pytest.mark.parametrize("case", ["auto cogview4", "auto ernie"])
+def test_texts_that_no_pipeline_pads_are_kept_apart_in_a_rollout_and_make_the_pipelines_own_images(case):
+    it = subject(case)
+    prompts = [parity.PROMPT, parity.LONG_PROMPT]
+    cond = it.flow.encode(prompts)
+    assert cond.kinds().tolist() == [0, 1]
+    done = it.flow.rollout(cond, ode(5), x_init=it.noise, noise=it.draws)
+    images = it.flow.decode(done.x0)
+    for i, prompt in enumerate(prompts):
+        own = own_images(it.flow, it.flow.pipe, prompt, it.noise[i : i + 1], 5)
+        assert (images[i : i + 1] - own).abs().max() < 1e-5  # the reference and the adapters that nobody trained are one
 
 
 def test_guidance_that_stops_on_the_way_is_refused():
     flow = build("z_image guided")
+    flow.family = replace(flow.family, arguments={**flow.family.arguments, "cfg_truncation": 0.3})
+    with pytest.raises(ValueError, match="changing names or numbers of copies"):
+        parity.subject(flow).run(ode(5))
+    flow = build("z_image guided")
+    flow.encode([parity.PROMPT] * 2)  # what stops after the steps that are recorded is seen in the rollout
     flow.family = replace(flow.family, arguments={**flow.family.arguments, "cfg_truncation": 0.3})
     with pytest.raises(ValueError, match="arguments in step 3 are not the conditioning"):
         parity.subject(flow).run(ode(5))
@@ -367,18 +410,80 @@ def test_auto_refuses_what_does_not_behave_as_it_was_worked_out(monkeypatch):
         return (forward(*args, **options)[0] + 0.01 * next(once),)
 
     monkeypatch.setattr(flow.denoiser, "forward", drifting)
-    with pytest.raises(ValueError, match="was worked out, but does not behave so: .*apart by"):
-        auto.verify(flow)
+    with pytest.raises(ValueError, match="was worked out, but does not behave so with the text 'a photo of a red ring': .*apart by"):
+        worked_out.verify(flow)
+
+
+def test_auto_tells_how_latents_are_packed_and_what_a_schedule_was_shifted_by():
+    said = worked_out.describe(subject("auto flux2_klein").flow)
+    assert "hidden_states [16, 16], packed by the pipeline from [16, 4, 4]" in said
+    said = worked_out.describe(subject("auto cogview4").flow)
+    assert "timestep = 1000 * clock + 0 (float32), of the schedule before its shift by 0." in said
+
+
+def test_latents_are_unpacked_as_the_pipeline_packs_them():
+    flow = subject("auto flux2_klein").flow
+    packing, x = flow.packing, torch.randn(2, *flow.event_shape)
+    assert (packing.event, packing.given) == ((16, 16), (16, 4, 4))
+    given = packing.unpacked(x)
+    assert given.shape == (2, 16, 4, 4)
+    assert torch.equal(flow.pipe._pack_latents(given), x)
+
+
+def test_latents_that_are_more_than_packed_are_refused(monkeypatch):
+    flow = build("auto flux2_klein")
+    pack = flow.pipe._pack_latents
+    monkeypatch.setattr(flow.pipe, "_pack_latents", lambda latents: 2 * pack(latents))
+    with pytest.raises(ValueError, match=r"sees latents of the shape \[16, 16\], but .* nor any that it draws \(\[16, 4, 4\]\)"):
+        worked_out.work_out(flow)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (
+            "auto lumina",
+            r"LuminaPipeline .* no argument of the denoiser equals the latents .* a LuminaNextDiT2DModel; .* guidance_scale=4.0",
+        ),
+        ("auto lumina unguided", r"LuminaPipeline .* the denoiser returns \(2, 8, .* for latents \(2, 4, .*; needed one prediction"),
+        ("auto prx", r"PRXPipeline .* RuntimeError: The size of tensor a"),
+    ],
+)
+def test_auto_says_what_it_saw_where_something_is_missing(case, reason):
+    with pytest.raises(ValueError, match=r"cannot be worked out: .*seen: the denoiser transformer, a ") as error:
+        worked_out.work_out(build(case))
+    assert re.search(reason, str(error.value)), error.value
+
+
+def test_adapters_that_diffusers_does_not_put_on_a_denoiser_are_refused():
+    with pytest.raises(ValueError, match=r"puts no adapters on a LuminaNextDiT2DModel; set pipeline.lora to null"):
+        build("auto lumina", lora=LoRA(rank=4, alpha=8))
+
+
+def test_auto_checks_texts_of_two_lengths(monkeypatch):
+    flow = build("auto chroma")
+    flow.learnt()
+    worked_out.verify(flow)
+    honest = flow.velocity
+    monkeypatch.setattr(flow, "velocity", lambda x, sigma, cond, *rest: honest(x, sigma, cond, *rest) * (1 + 0.1 * (len(x) == 1)))
+    with pytest.raises(ValueError, match="does not behave so .*texts of two lengths share a batch: apart by"):
+        worked_out.verify(flow)
 
 
 def test_auto_refuses_what_it_cannot_work_out(tmp_path):
     with pytest.raises(ValueError, match="takes no argument 'nonsense'; it takes self, prompt"):
         build("auto flux", arguments={"nonsense": 1})
     with pytest.raises(ValueError, match="has none of to_q"):
-        auto.attention_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        attention_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     with pytest.raises(ValueError, match="is a 'NoSuchPipeline', which diffusers"):
         settings("auto flux", model=str(tmp_path)).build()
+    for model in ("nowhere/at-all", str(tmp_path / "missing")):
+        with pytest.raises(FileNotFoundError, match=r"no such folder, and not to be had from the hub .* accept its licence .* log in"):
+            settings("auto flux", model=model).build()
+    with pytest.raises(FileNotFoundError, match=r"has no model_index.json, so it is no diffusers pipeline"):
+        (tmp_path / "empty").mkdir()
+        settings("auto flux", model=str(tmp_path / "empty")).build()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.core.plans import ode
-from flowalign.pipelines import loaded_back, lora_files, parity
+from flowalign.pipelines import loaded_back, lora_files, merging, parity
 from flowalign.pipelines.loading import shapes_folder
 from flowalign.pipelines.roles import LoRA
 from flowalign.pipelines.watch import own_images
@@ -46,7 +46,7 @@ def test_a_saved_adapter_gives_the_same_images_in_a_bare_pipeline(case, tmp_path
 
 def test_a_merged_pipeline_needs_no_adapter(tmp_path):
     flow = trained("sd 1.5 guided")
-    lora_files.merge(flow, tmp_path / "merged")
+    merging.merge(flow, tmp_path / "merged")
     it = parity.subject(flow)
     merged = type(flow.pipe).from_pretrained(tmp_path / "merged", safety_checker=None)
     merged.set_progress_bar_config(disable=True)
@@ -55,8 +55,77 @@ def test_a_merged_pipeline_needs_no_adapter(tmp_path):
     # The pipeline that was merged from is what it was.
     assert flow.roles.num_layers == 32
     with pytest.raises(ValueError, match="no adapters; its weights are whole"):
-        lora_files.merge(build("sd 1.5", lora=None), tmp_path / "whole")
+        merging.merge(build("sd 1.5", lora=None), tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_makes_no_second_network_and_leaves_the_live_one_as_it_was(tmp_path, monkeypatch, dtype):
+    flow = trained("sd 1.5 guided", pipe=pipeline("sd 1.5 guided").to(dtype))
+    before = {name: value.clone() for name, value in flow.denoiser.state_dict().items()}
+    live = {value.data_ptr() for value in flow.denoiser.state_dict().values()}
+    monkeypatch.setattr(
+        merging, "compare_behaviour", lambda flow, role, loaded, **options: seen.append(loaded) or honest(flow, role, loaded, **options)
+    )
+    monkeypatch.setattr(merging, "write_pipeline", lambda flow, network, *rest: written.append(network) or write(flow, network, *rest))
+    seen, written, honest, write = [], [], loaded_back.compare_behaviour, lora_files.write_pipeline
+    copied = lora_files.copy.deepcopy
+    monkeypatch.setattr(
+        lora_files.copy, "deepcopy", lambda it, *rest: pytest.fail("a copy") if isinstance(it, torch.nn.Module) else copied(it, *rest)
+    )
+    merging.merge(flow, tmp_path / "merged", notes={"seed": "7"})
+    assert seen[0].network is flow.denoiser
+    # What is written beside the merged layers are the live tensors themselves.
+    own = [name for name, value in written[0].state_dict().items() if value.data_ptr() not in live]
+    assert set(own) == {f"{name}.weight" for name in flow.roles.layers}
+    assert {written[0].get_parameter(name).device.type for name in own} == {"cpu"}
+    after = flow.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert lora_files.notes_of(tmp_path / "merged") == {"seed": "7"}
+
+
+@pytest.mark.parametrize("spoil", ["a layer", "the role"])
+def test_a_merge_that_is_not_the_role_never_takes_its_name(tmp_path, monkeypatch, spoil):
+    flow = trained("sd 1.5 guided")
+    before = {name: value.clone() for name, value in flow.denoiser.state_dict().items()}
+    if spoil == "a layer":
+        read = merging.read_back
+
+        def spoilt(*args):
+            fresh = read(*args)
+            with torch.no_grad():
+                fresh.conv_in.weight[0, 0, 0, 0] += 1e-3
+            return fresh
+
+        monkeypatch.setattr(merging, "read_back", spoilt)
+    else:
+        honest = merging.merged
+        monkeypatch.setattr(merging, "merged", lambda roles, role: {name: value + 0.01 for name, value in honest(roles, role).items()})
+    with pytest.raises(
+        RuntimeError, match="conv_in.weight is not what was trained" if spoil == "a layer" else "does not behave like the trained"
+    ):
+        merging.merge(flow, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged.rejected"]
+    assert all(torch.equal(value, before[name]) for name, value in flow.denoiser.state_dict().items())
+
+
+def test_merged_weights_that_a_precision_cannot_hold_are_refused():
+    flow = trained("sd 1.5 guided", pipe=pipeline("sd 1.5 guided").to(torch.float16))
+    with torch.no_grad():
+        next(iter(flow.roles.parameters("current").values())).fill_(1e30)
+    with pytest.raises(ValueError, match=r"merged weights of .* are not finite in torch.float16"):
+        merging.merged(flow.roles, "current")
+
+
+def test_all_weights_tell_what_they_were_trained_on(tmp_path):
+    flow = build("sd 1.5 guided", lora=None)
+    flow.save(tmp_path / "weights", notes={"base_model": "owner/base", "seed": "7"})
+    assert lora_files.notes_of(tmp_path / "weights") == {"base_model": "owner/base", "seed": "7"}
+    again = type(flow.pipe).from_pretrained(tmp_path / "weights", safety_checker=None)
+    assert all(torch.equal(value, flow.denoiser.state_dict()[name]) for name, value in again.unet.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="no LoRA there"):
+        lora_files.notes_of(tmp_path)
 
 
 def test_pixels_that_differ_are_never_saved(tmp_path, monkeypatch):

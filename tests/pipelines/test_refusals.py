@@ -95,7 +95,7 @@ def test_embeddings_of_other_prompts_are_refused(build):
 
 def test_guidance_with_a_third_call_in_some_steps_is_refused(build):
     flow = calling(build(4.5), skip_guidance_layers=[0], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.9)
-    with pytest.raises(ValueError, match=r"calls its denoiser \[1, 2, 2\] times"):
+    with pytest.raises(ValueError, match=r"calls its denoiser \[1, 2, 2, 2\] times"):
         flow.encode(PROMPTS)
     # Seen only after the recording of the first steps.
     late = build(4.5)
@@ -128,10 +128,10 @@ def test_a_sign_or_another_factor_is_worked_out():
     assert combine.weights == pytest.approx((-7.0, 9.0), rel=1e-4)
 
 
-def record(timestep, *, calls=1, combine=lambda outputs: outputs[0], scale=lambda sigma: sigma):
+def record(timestep, *, calls=1, combine=lambda outputs: outputs[0], sigmas=(1.0, 0.7, 0.4)):
     """Steps of a pipeline that exists only here; its denoiser says what its number and its latents are."""
     steps, generator = [], torch.Generator().manual_seed(0)
-    for sigma in (1.0, 0.7, 0.4):
+    for sigma in sigmas:
         x = torch.randn(2, 3, generator=generator)
         outputs = [torch.randn(2, 3, generator=generator) for _ in range(calls)]
         made = [
@@ -153,16 +153,37 @@ def test_two_calls_of_a_step_and_reversed_time_are_worked_out():
     assert replay.timestep(torch.tensor([0.25]), known).tolist() == [0.75]
 
 
-def test_a_timestep_that_is_not_affine_is_refused():
+FOUR = (1.0, 0.8, 0.5, 0.2)
+
+
+@pytest.mark.parametrize("shift", [3.0, 0.4])
+def test_a_schedule_that_was_shifted_after_its_timesteps_were_taken_is_worked_out(shift):
+    """``sigma = shift * u / (1 + (shift - 1) * u)``, and the denoiser is told ``1000 * u``."""
+    replay = learn_replay(record(lambda sigma: 1000 * sigma / (sigma + shift * (1 - sigma)), sigmas=FOUR), scales=())
+    assert (replay.slope, replay.offset) == (1000.0, 0.0)
+    assert replay.shift == pytest.approx(shift, rel=1e-4)
+    known = (torch.empty(0), torch.empty(0))
+    u = torch.tensor([0.1, 0.6, 0.95])
+    assert torch.allclose(replay.timestep(shift * u / (1 + (shift - 1) * u), known), 1000 * u, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigmas", [FOUR[:3], FOUR])
+def test_a_timestep_that_no_shift_explains_is_refused_with_what_was_seen(sigmas):
+    with pytest.raises(ValueError, match=r"t is not affine in sigma .* nor in the schedule before a shift: it is told 1 at 1, "):
+        learn_replay(record(lambda sigma: sigma**2, sigmas=sigmas), scales=())
+
+
+def test_three_steps_do_not_tell_a_shift():
+    """Three numbers fit any three steps: nothing would be checked."""
     with pytest.raises(ValueError, match="t is not affine in sigma"):
-        learn_replay(record(lambda sigma: sigma**2), scales=())
+        learn_replay(record(lambda sigma: sigma / (sigma + 3 * (1 - sigma)), sigmas=FOUR[:3]), scales=())
 
 
 def test_latents_that_are_changed_on_their_way_are_refused():
     steps = record(lambda sigma: sigma)
     for step in steps:
         step.calls[0].arguments["z"] = step.calls[0].arguments["z"] * 0.5
-    with pytest.raises(ValueError, match="no argument of the denoiser equals the latents"):
+    with pytest.raises(ValueError, match=r"no argument of the denoiser equals the latents .* \[2, 3\] \(it is told z \[2, 3\]"):
         learn_replay(steps, scales=())
 
 
