@@ -43,7 +43,7 @@ class Scored:
 
     def tables(self) -> list[Table]:
         """Return for each reward its means by kind of prompt."""
-        tables = []
+        tables: list[Table] = []
         for measure, windows in self.measures().items():
             scores = {title: found.scores(measure) for title, found in windows.items()}
             tags = list(dict.fromkeys(tag for found in windows.values() for tag in found.tags()))
