@@ -7,14 +7,14 @@ import sys
 from flowalign.run_config import load_config
 
 
-def launch(processes, module, *arguments):
+def launch(processes, module, *arguments, **variables):
     """Run a module in several processes on the CPU and return what they printed.
 
     By torch's launcher: `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module, *arguments]
     own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **variables}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
