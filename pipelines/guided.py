@@ -34,18 +34,18 @@ def guide(flow: FlowPipeline, x: Tensor, sigma: Tensor, cond: Conditioning, cond
     rule = flow.learnt().replay.combine
     if not isinstance(rule, Guidance) or rule.after is not None:
         return flow.velocity(x, sigma, cond, REFERENCE)
-    unconditional = _output(flow, rule.unconditional, rule.sign, x, sigma, cond)
+    unconditional = alone(flow, rule.unconditional, rule.sign, x, sigma, cond)
     scale = rule.scale if rule.anchor == "unconditional" else 1 + rule.scale
     return guidance.guide(unconditional, conditional, scale)
 
 
 @torch.no_grad()
-def _output(flow: FlowPipeline, number: int, sign: int, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+def alone(flow: FlowPipeline, number: int, sign: int, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """Return the reference's velocity by one of the outputs that a step combines, without computing the others."""
     replay = flow.learnt().replay
     places = [(call, copy) for call, told in enumerate(replay.calls) for copy in range(told.copies)]
     call, copy = places[number]
     told = replay.calls[call]
-    alone = replace(replay, calls=(replace(told, copies=1),), combine=Linear(weights=(float(sign),)))
+    single = replace(replay, calls=(replace(told, copies=1),), combine=Linear(weights=(float(sign),)))
     with flow.roles.use(REFERENCE) as network:
-        return flow.replayed(network, x, sigma, cond.alone(call, copy, told.copies), alone)
+        return flow.replayed(network, x, sigma, cond.alone(call, copy, told.copies), single)
