@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -9,13 +10,14 @@ from flowalign.core.algorithm import Algorithm, HasHeads
 from flowalign.core.distillation import Distillation
 
 
-def check(accelerator: Accelerator, algorithm: Algorithm, *, shard: bool) -> None:
+def check(accelerator: Accelerator, algorithm: Algorithm, *, shard: bool, dtype: torch.dtype = torch.float32) -> None:
     """Refuse what an engine cannot train.
 
     Args:
         accelerator: Says which engine accelerate was launched with.
         algorithm: The run's.
         shard: Whether processes share weights.
+        dtype: What the network computes in.
 
     Raises:
         ValueError: With the engine that can.
@@ -28,11 +30,13 @@ def check(accelerator: Accelerator, algorithm: Algorithm, *, shard: bool) -> Non
             "accelerate: DeepSpeed trains one network, but this algorithm trains several (a critic, or student, fake score and discriminator); "
             "launch with configs/engines/ddp.yaml"
         )
-    if kind == DistributedType.DEEPSPEED:
-        # Its engine moves weights inside the backward pass, before the loop has seen whether loss and gradient are finite, and splits what a checkpoint holds.
+    if kind == DistributedType.DEEPSPEED and shard:
         raise ValueError(
-            "accelerate: DeepSpeed is not supported yet; --train.shard true shares weights, gradients and moments as its ZeRO-3 does (launch with "
-            "configs/engines/fsdp2.yaml)"
+            "train.shard: got true, but DeepSpeed shares gradients and moments itself; leave it false, or launch with configs/engines/fsdp2.yaml"
+        )
+    if kind == DistributedType.DEEPSPEED and dtype == torch.float16:
+        raise ValueError(
+            "pipeline.dtype: got float16, but DeepSpeed would scale losses itself; take bfloat16 or float32, or launch with configs/engines/ddp.yaml"
         )
     if shard and several:
         raise ValueError(

@@ -36,6 +36,7 @@ from flowalign.train.protocols import Pipeline, PromptLike
 from flowalign.train.scoring import NamedReward
 from flowalign.train.settings import TrainConfig
 from flowalign.train.signals import stop_requests
+from flowalign.train.zero import Zero, is_zero
 
 AVERAGE = "average"
 
@@ -96,7 +97,7 @@ class Trainer:
         if self.config.ema_decay is not None:
             self.pipeline.roles.add(AVERAGE)
         config = self.config
-        engines.check(self.accelerator, self.algorithm, shard=config.shard)
+        engines.check(self.accelerator, self.algorithm, shard=config.shard, dtype=self.pipeline.dtype)
         self.scale = scale_for(self.pipeline.dtype, self.algorithm)
         self.sharded = config.shard and self.accelerator.num_processes > 1
         for network in self.pipeline.roles.networks() if self.sharded else ():
@@ -116,7 +117,11 @@ class Trainer:
                 self.heads = {DISCRIMINATOR: build_discriminator(judge, self.pipeline, self.accelerator, seed=self.seed)}
             self.pipeline.roles.add(FAKE, trained=True)
         self.collector.heads = self.heads
-        if not self.sharded:
+        self.zero: Zero | None = None
+        if is_zero(self.accelerator):
+            self.zero = Zero(self.accelerator, self.pipeline.module, self.parameters, self.optimizer, clip=config.max_grad_norm)
+            self.pipeline.module = self.zero.engine
+        elif not self.sharded:
             self.pipeline.module = self.accelerator.prepare(self.pipeline.module)
         denoiser = Player(
             module=self.pipeline.module, parameters=self.parameters, optimizer=self.optimizer, learning_rate=config.learning_rate
@@ -269,6 +274,8 @@ class Trainer:
 
     def _clip(self, player: Player) -> float:
         """Clip a player's gradient; returns the norm that it had."""
+        if self.zero is not None:
+            return self.zero.norm()  # which clips when it steps
         if self.scale is not None:
             self.scale.unscale(player.parameters)
         return sharding.number(self.accelerator.clip_grad_norm_(player.parameters, self.config.max_grad_norm))
@@ -276,6 +283,8 @@ class Trainer:
     def _forget(self, player: Player) -> None:
         """Drop a player's gradient."""
         player.optimizer.zero_grad(set_to_none=True)
+        if self.zero is not None:
+            self.zero.drop()
 
     def _move(self, name: str, means: Mapping[str, float], update: Update) -> dict[str, float]:
         """Make one optimizer update of one player by the gradient that it has; without one nothing moves and nothing is logged."""
@@ -287,7 +296,7 @@ class Trainer:
             rate = self.algorithm.learning_rate(update, rate)
         for options in player.optimizer.param_groups:
             options["lr"] = rate * min(1.0, number / max(1, self.config.warmup))
-        player.optimizer.step()
+        (player.optimizer if self.zero is None else self.zero).step()
         player.optimizer.zero_grad(set_to_none=True)
         rest = {key: value for key, value in means.items() if key not in ("loss", "grad_norm")}
         return {f"{prefix}loss": means["loss"], **rest, f"{prefix}grad_norm": means["grad_norm"]}
@@ -309,12 +318,15 @@ class Trainer:
             last = number == len(parts) - 1
             # As this player until the backward pass is done: checkpointed activations are computed again in it.
             acting = self.pipeline.roles.use(player) if player == FAKE else nullcontext()
-            with acting, nullcontext() if last else self.accelerator.no_sync(self._module_of(player)):
+            with acting, nullcontext() if last or self.zero is not None else self.accelerator.no_sync(self._module_of(player)):
                 if look_at is not None:
                     part = self._look([part], velocity, look_at, keep_pass=True)[0][0]
                 loss = self.algorithm.loss(player, part, velocity)
                 mean = (loss.value * mask.to(loss.value)).sum() / max(count, 1.0)
-                self.accelerator.backward(mean if self.scale is None else mean * self.scale.value)
+                if self.zero is not None:
+                    self.zero.backward(mean, last=last)
+                else:
+                    self.accelerator.backward(mean if self.scale is None else mean * self.scale.value)
             for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                 # A metric that is NaN says nothing of its row; a loss that is NaN says a lot.
                 told = mask if name == "loss" else mask & ~torch.isnan(value)
@@ -446,7 +458,7 @@ class Trainer:
         """Everything that the next step depends on; randomness is keyed and needs no state. Where weights are shared, all processes must ask."""
         return {
             "roles": sharding.whole(self.pipeline.roles.state_dict()),
-            "optimizer": sharding.whole(checkpoint.optimizer_state(self.optimizer)),
+            "optimizer": sharding.whole(checkpoint.optimizer_state(self.optimizer)) if self.zero is None else self.zero.state_dict(),
             "estimator": self.collector.state,
             "heads": {name: head.state_dict() for name, head in self.heads.items()},
             "best": None if self.best is None else self.best.state_dict(),
@@ -461,7 +473,10 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.pipeline.roles.load_state_dict(sharding.share(state["roles"], self.pipeline.roles.state_dict()))
-        checkpoint.restore_optimizer(self.optimizer, sharding.share_moments(state["optimizer"], self.optimizer))
+        if self.zero is None:
+            checkpoint.restore_optimizer(self.optimizer, sharding.share_moments(state["optimizer"], self.optimizer))
+        else:
+            self.zero.load_state_dict(state["optimizer"])
         self.collector.state = state["estimator"]
         for name, head in self.heads.items():
             head.load_state_dict(state["heads"][name])
@@ -477,6 +492,11 @@ class Trainer:
             self.evidence = {
                 name: Evidence(**{key: tuple(values) for key, values in seen.items()}) for name, seen in state["evidence"].items()
             }
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a state is put together from what processes share: all must ask for it."""
+        return self.sharded or self.zero is not None
 
     def _anywhere(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank: all must leave together."""
@@ -551,7 +571,7 @@ class Trainer:
     def _keep(self, step: int) -> None:
         """Write a checkpoint; all processes gather what they share, the first one writes."""
         main = self.accelerator.is_main_process
-        if main or self.sharded:
+        if main or self.gathers:
             state = self.state_dict()
             if main:
                 checkpoint.save(self.folder / "checkpoints", step, state, keep=self.config.keep_checkpoints)
@@ -559,7 +579,7 @@ class Trainer:
     def _keep_before(self, step: int) -> None:
         """Save what was trained before a step that failed while nothing had moved, as a reward may; where weights are shared, all must know of it."""
         everybody = self.collector.together.has_failed
-        if everybody or not self.sharded:
+        if everybody or not self.gathers:
             self._keep(step)
         if everybody:
             self.accelerator.wait_for_everyone()  # who leaves first takes the others with him

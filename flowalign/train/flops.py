@@ -112,7 +112,15 @@ def measure(pipeline: Pipeline, accelerator: Accelerator, peak: float | Literal[
             return pipeline.replayed(network if is_sharded(network) else network.forward, x, sigma, cond)
 
         forward = flops_of(torch.no_grad()(replay))
-        both = flops_of(lambda: replay().sum().backward())
+
+        def there_and_back() -> None:
+            if is_sharded(network):
+                replay().sum().backward()
+            else:
+                # Past what waits for gradients: DeepSpeed would take these for the first of an update.
+                torch.autograd.grad(replay().sum(), parameters, allow_unused=True)
+
+        both = flops_of(there_and_back)
         checkpoints = any(vars(module).get("gradient_checkpointing") for module in network.modules())
     for parameter, gradient in zip(parameters, kept, strict=True):
         parameter.grad = gradient

@@ -399,6 +399,6 @@ WORKING = {
     ),
     "auto hidream": (hidream, {"guidance_scale": 5.0, "arguments": {"max_sequence_length": 16}}),
     "auto bria": (bria, {"guidance_scale": 5.0, "height": 32, "width": 32, "arguments": {"max_sequence_length": 32}}),
-    "auto ovis": (ovis, {"guidance_scale": 5.0, "arguments": {"max_sequence_length": 64}}),
+    "auto ovis": (ovis, {"guidance_scale": 5.0, "arguments": {"max_sequence_length": 250}}),
     "auto ernie": (ernie, {"guidance_scale": 4.0}),
 }

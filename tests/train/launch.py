@@ -7,7 +7,7 @@ import sys
 from flowalign.run_config import load_config
 
 
-def launch(processes, module, *arguments, env=None, fails=False):
+def launch(processes, module, *arguments, fails=False, **variables):
     """Run a module in several processes on the CPU and return what they printed; with ``fails`` it must not succeed.
 
     By torch's launcher: `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
@@ -15,7 +15,7 @@ def launch(processes, module, *arguments, env=None, fails=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module, *arguments]
     own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
     # Whoever waits for a process that has left waits for half an hour.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **(env or {})}, check=False, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **variables}, check=False, timeout=900)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr if fails else done.stdout
 

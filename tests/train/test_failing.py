@@ -104,7 +104,7 @@ def launched(tmp_path_factory, model):
 
     said = {}
     for shard in (False, True):
-        said[shard] = launch(2, "flowalign", "train", str(config(shard, "broken")), env={BROKEN: "raises 3 1"}, fails=True)
+        said[shard] = launch(2, "flowalign", "train", str(config(shard, "broken")), fails=True, **{BROKEN: "raises 3 1"})
     found = {shard: [path.name for path in (place / f"{shard} broken" / "checkpoints").glob("step_*")] for shard in said}
     launch(2, "tests.train.several", *(str(config(shard, name)) for shard in (False, True) for name in ("broken", "whole")))
     return {shard: (said[shard], found[shard], place / f"{shard} broken.yaml", place / f"{shard} whole.yaml") for shard in said}

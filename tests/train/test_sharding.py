@@ -130,12 +130,19 @@ class Several(HasHeads):
         (DistributedType.FSDP, False, object(), "its own FSDP is switched on; .* --train.shard true"),
         (DistributedType.DEEPSPEED, False, Several(), "DeepSpeed trains one network, but this algorithm trains several .*ddp.yaml"),
         (DistributedType.MULTI_GPU, True, Several(), "train.shard: got true, but this algorithm trains several networks"),
-        (DistributedType.DEEPSPEED, False, object(), "DeepSpeed is not supported yet; --train.shard true shares weights.*fsdp2.yaml"),
+        (DistributedType.DEEPSPEED, True, object(), "train.shard: got true, but DeepSpeed shares gradients and moments itself"),
     ],
 )
 def test_engines_refuse_what_they_cannot_train(kind, shard, algorithm, message):
     with pytest.raises(ValueError, match=message):
         engines.check(SimpleNamespace(distributed_type=kind), algorithm, shard=shard)
+
+
+def test_deepspeed_trains_one_network_but_not_in_float16():
+    engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    engines.check(engine, object(), shard=False, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="got float16, but DeepSpeed would scale losses itself"):
+        engines.check(engine, object(), shard=False, dtype=torch.float16)
 
 
 def test_ddp_and_shared_weights_train_one_network_and_ddp_several():
