@@ -141,18 +141,19 @@ def quiet(*, level: int | None = None) -> Iterator[None]:
     """Switch the libraries' progress bars off for a moment.
 
     Args:
-        level: Also raise diffusers' log level to this meanwhile.
+        level: Also raise their log levels to this meanwhile.
     """
     before = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
-    verbosity = diffusers_logging.get_verbosity()
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
     for log, _ in before:
         log.disable_progress_bar()
-    if level is not None:
-        diffusers_logging.set_verbosity(level)
+    for log, _ in levels if level is not None else ():
+        log.set_verbosity(level)
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        for log, verbosity in levels:
+            log.set_verbosity(verbosity)
         for log, enabled in before:
             if enabled:
                 log.enable_progress_bar()
