@@ -63,14 +63,6 @@ def test_a_file_that_could_not_be_checked_is_no_success(monkeypatch):
     assert "not checked" in found.found
 
 
-def test_float16_is_not_trained_in():
-    flow = build("sd 1.5")
-    flow.dtype = torch.float16
-    found = doctor.sanity_run(flow)
-    assert found.passed
-    assert "left out" in found.found
-
-
 def test_an_examination_that_raises_is_a_failure_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(parity, "CHECKS", {"images": lambda it: {}["processor"]})
     monkeypatch.setattr(doctor, "sanity_run", lambda flow: Finding(check="sanity run", passed=True, found=""))
