@@ -75,7 +75,7 @@ class Watch:
             taken["rollout" if sampling else "train"] += timed(lambda r=role, g=gradient, a=arguments: self._pass(r, g, a))
         taken["decode"] = timed(lambda: self._decode(len(found.images)))
         taken["reward"] = timed(lambda: self._score(found.images, line["step"]))
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.trainer.cast.optimizer.zero_grad(set_to_none=True)
         self.bare.append(taken)
         self.calls, self.pause = [], False
 

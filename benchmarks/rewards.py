@@ -67,7 +67,12 @@ def encoding(num: int, size: int) -> Callable[[], tuple[bytes, memoryview]]:
 
     def work() -> tuple[bytes, memoryview]:
         request = wire.Request(
-            request_id="0" * 32, images=pixels.to_bytes(images), prompts=["a"] * num, metadata=[{}] * num, rewards=(), deadline_s=60.0
+            request_id="0" * 32,
+            images=pixels.to_bytes_checked(images),
+            prompts=["a"] * num,
+            metadata=[{}] * num,
+            rewards=(),
+            deadline_s=60.0,
         )
         return wire.parts(request)
 

@@ -27,7 +27,7 @@ from flowalign.rewards.parts import cut
 from flowalign.run_config import RewardConfig, load_config
 from flowalign.suite_options import named_rewards
 from flowalign.train import checkpoint
-from flowalign.train.fit import AVERAGE
+from flowalign.train.cast import AVERAGE
 from flowalign.train.journal import write_atomically
 from flowalign.train.scoring import NamedReward, score
 

@@ -243,7 +243,7 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None, sou
 def _memory(trainer: Trainer) -> str:
     """Say what each player costs: weights, gradient and moments; activations come on top."""
     sizes: dict[str, int] = trainer.pipeline.roles.memory()  # type: ignore[attr-defined]
-    for name, head in trainer.heads.items():
+    for name, head in trainer.cast.heads.items():
         sizes[name] = 4 * sum(parameter.numel() * parameter.element_size() for parameter in head.parameters)
     return ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
 
@@ -339,7 +339,7 @@ def _after_step(config: RunConfig, accelerator: Accelerator, trainer: Trainer) -
         every, done = config.train.sample_every, line["step"] + 1
         if accelerator.is_main_process and scored.is_due(done, config.steps, config.train):
             scored.keep(config.output, done, made, seed=config.seed)
-        if every and (accelerator.is_main_process or trainer.sharded) and (done % every == 0 or done == config.steps):
+        if every and (accelerator.is_main_process or trainer.cast.is_sharded) and (done % every == 0 or done == config.steps):
             with trainer.clock.phase("samples"):
                 snapshots.take(trainer, config, done)
 

@@ -21,7 +21,7 @@ def take(trainer: Trainer, config: RunConfig, step: int) -> None:
     assert isinstance(pipeline, FlowPipeline)
     base = folder / BASE
     needed = REFERENCE in pipeline.roles.names and not base.is_file()
-    if trainer.sharded:  # all processes make the pictures, and have looked before the first one writes
+    if trainer.cast.is_sharded:  # all processes make the pictures, and have looked before the first one writes
         trainer.accelerator.wait_for_everyone()
     if needed:
         _write(trainer, pipeline.num_steps, REFERENCE, base)

@@ -46,8 +46,13 @@ def to_bytes(images: Tensor) -> Tensor:
 
     Rounded, not truncated: truncation darkens by half a grey level on average.
     """
+    return to_bytes_checked(images.detach().clamp(0, 1))
+
+
+def to_bytes_checked(images: Tensor) -> Tensor:
+    """Round images that passed :func:`check` to bytes, as :func:`to_bytes`: what they exceed [0, 1] by is less than half a grey level."""
     if images.device.type != "cpu":
-        return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return (images.detach().float() * 255).round().to(torch.uint8)
     values = images.detach().contiguous().view(-1)
     rounded = np.empty(len(values), dtype=np.uint8)
     held = np.empty(min(_IN_CACHE, len(values)), dtype=np.float32)
@@ -55,8 +60,7 @@ def to_bytes(images: Tensor) -> Tensor:
     for start in range(0, len(values), _IN_CACHE):
         part = values[start : start + _IN_CACHE].float().numpy()
         scaled = np.multiply(part, np.float32(255), out=held[: len(part)])
-        np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
-        np.copyto(rounded[start : start + len(part)], scaled, casting="unsafe")
+        np.copyto(rounded[start : start + len(part)], np.rint(scaled, out=scaled), casting="unsafe")
     return torch.from_numpy(rounded).view(images.shape)
 
 

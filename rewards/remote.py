@@ -106,7 +106,7 @@ class Remote:
     def submit(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> _Pending:
         """Start scoring and return at once; calling the result waits for the scores."""
         pixels.check(images, prompts, "remote reward")
-        flat = pixels.to_bytes(images).cpu()
+        flat = pixels.to_bytes_checked(images).cpu()
         parts = cut(range(len(flat)) if self.scores_alone else prompts, self.config.batch_size)
         sent = [self.pool.submit(self._ask, flat[rows], [prompts[row] for row in rows], [metadata[row] for row in rows]) for rows in parts]
         return _Pending(sent, torch.tensor([row for rows in parts for row in rows]).argsort())

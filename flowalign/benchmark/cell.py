@@ -127,7 +127,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
         # It counts with what was last measured: leaving it out would let a method that diverges look like its best seeds.
         last_known = milestones[-1] if milestones else _untrained(folder, cell, base, chosen)
         milestones.append({**last_known, "step": step, "spent": meter.spent()})
-    if not failed and not trainer.may_move:
+    if not failed and not trainer.gate.is_open:
         failed = f"the policy never moved: its critic held it back for all {step} steps"
     if cell.phase == "search" and not failed:
         try:
@@ -136,7 +136,7 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
         except FloatingPointError as error:
             failed = str(error)
     # Steps in which critics hold the policy back are paid for and move nothing.
-    moved = step - (trainer.held_back if isinstance(trainer.algorithm, HasHeads) else 0)
+    moved = step - (trainer.gate.held_back if isinstance(trainer.algorithm, HasHeads) else 0)
     return {
         "steps": step,
         "updates": moved * trainer.algorithm.num_updates,

@@ -252,7 +252,9 @@ def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str
         result = read_result(config, cell)
         words = ", ".join(f"{key} {value}" for key, value in point.items())
         reward = "not finished" if result is None else "failed" if result.get("failed") else f"{result['reward']:.4f}"
-        rows.append([cell.method, words, reward, "chosen" if point == chosen.get(cell.method) else ""])
+        at_edge = ", ".join(config.search.edges(point))
+        verdict = f"chosen, at the edge of {at_edge}: a wider grid may hold better" if at_edge else "chosen"
+        rows.append([cell.method, words, reward, verdict if point == chosen.get(cell.method) else ""])
     for method in config.methods:
         mine = [row for row in rows if row[0] == method]
         if len(mine) > 1 and len({row[2] for row in mine}) == 1:

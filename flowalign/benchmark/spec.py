@@ -143,6 +143,16 @@ class Search:
         """Return all combinations; one that changes nothing where there is no grid."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
+    def edges(self, point: Mapping[str, Any]) -> list[str]:
+        """Name the keys whose value is the smallest or largest of at least three numbers tried: beyond it there may be a better one.
+
+        Examples:
+            >>> Search(grid={"rate": [1e-4, 1e-3, 1e-2], "depth": [1, 2]}).edges({"rate": 1e-2, "depth": 1})
+            ['rate']
+        """
+        numeric = {key: values for key, values in self.grid.items() if all(type(value) in (int, float) for value in values)}
+        return [key for key, values in numeric.items() if len(set(values)) > 2 and point[key] in (min(values), max(values))]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:

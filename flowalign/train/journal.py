@@ -23,6 +23,17 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return a line's numbers under one level of names, ``a/b`` for what is nested."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 HIDDEN = "reward_hidden"  # seconds for which rewards were computed while something else was done; no part of the total
 
 

@@ -104,6 +104,14 @@ def test_images_are_rounded_to_bytes_as_one_formula_says_whatever_their_layout(d
         assert torch.equal(to_bytes(seen), (seen.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))
 
 
+def test_what_a_check_lets_pass_needs_no_clamp_before_it_is_rounded():
+    from flowalign.rewards.pixels import check, to_bytes, to_bytes_checked
+
+    images = torch.linspace(-0.0009, 1.0009, 3 * 40 * 40).view(1, 3, 40, 40)
+    check(images, ["a"], "here")
+    assert torch.equal(to_bytes_checked(images), to_bytes(images))
+
+
 class Scaled:
     """A reward with settings of its own."""
 

@@ -45,7 +45,7 @@ def test_all_algorithms_are_here():
 def test_an_algorithm_trains_and_evaluates_what_it_must(write_config, name):
     options, rollout, trained, others = ALGORITHMS[name]
     built = build(write_config, algorithm={"type": name, **options})
-    before = [parameter.detach().clone() for parameter in built.parameters]
+    before = [parameter.detach().clone() for parameter in built.cast.parameters]
     line = built.step(0)
     expected = {"rollout": rollout, "train": trained, **others}
     assert {key: value for key, value in line["evaluations"].items() if key not in ("total", "rows_per_evaluation")} == {
@@ -54,7 +54,7 @@ def test_an_algorithm_trains_and_evaluates_what_it_must(write_config, name):
     assert line["evaluations"]["total"] == 4 * sum(expected.values())
     assert math.isfinite(line["metrics"]["loss"])
     assert line["grad_norm"] > 0
-    assert any(not torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+    assert any(not torch.equal(old, new) for old, new in zip(before, built.cast.parameters, strict=True))
     if "ratio_gap_first" in line["metrics"]:
         assert line["metrics"]["ratio_gap_first"] < 1e-6
 
@@ -65,8 +65,8 @@ def test_micro_batches_change_nothing_where_children_share_an_evaluation(write_c
         built = build(write_config, algorithm={"type": "tempflow_grpo", "num_children": 2}, train={**SMALL, "micro_batch_size": size})
         collected = built.collect(0)
         rows = built.algorithm.rows(collected.experience, Update(seed=0, step=0, index=0))
-        built._backward("current", rows.split(size), collected.velocity, collected.experience.keep)
-        found.append(torch.cat([parameter.grad.flatten() for parameter in built.parameters]))
+        built.updater._backward("current", rows.split(size), collected.velocity, collected.experience.keep)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in built.cast.parameters]))
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
 
 
@@ -104,11 +104,11 @@ AC_FLOW = {"type": "ac_flow", "num_levels": 2, "critic": {"width": 16, "learning
 
 
 def weights(built):
-    return torch.cat([parameter.detach().flatten() for parameter in built.parameters])
+    return torch.cat([parameter.detach().flatten() for parameter in built.cast.parameters])
 
 
 def heads(built):
-    return torch.cat([parameter.detach().flatten() for parameter in built.heads["critic"].parameters])
+    return torch.cat([parameter.detach().flatten() for parameter in built.cast.heads["critic"].parameters])
 
 
 def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_says_if_it_never_moved(write_config, tmp_path):
@@ -120,7 +120,7 @@ def test_the_policy_stands_still_while_its_critic_warms_up_and_the_run_says_if_i
     line = built.step(0)
     assert torch.equal(weights(built), before)
     assert not torch.equal(heads(built), critic)
-    assert (built.may_move, built.held_back, len(built.evidence["critic"])) == (False, 1, 1)
+    assert (built.gate.is_open, built.gate.held_back, len(built.gate.evidence["critic"])) == (False, 1, 1)
     assert line["metrics"]["critic/error"] == pytest.approx(line["metrics"]["critic/square"])  # it says 0 before it learns
     assert "loss" not in line["metrics"]
     assert (line["metrics"]["held_back"], line["grad_norm"]) == (1, 0)
@@ -157,9 +157,9 @@ def test_filtered_samples_are_no_evidence(write_config):
     built = build(write_config, algorithm={**AC_FLOW, "least_steps": 2})
     collected = built.collect(0)
     nobody = replace(collected.experience, keep=torch.zeros_like(collected.experience.keep))
-    assert built.update(nobody, collected.velocity, Update(seed=0, step=0, index=0)) == {}
-    assert len(built.evidence["critic"]) == 0
-    assert not built.may_move
+    assert built.updater.update(nobody, collected.velocity, Update(seed=0, step=0, index=0), ready=built.gate.is_open) == {}
+    assert len(built.gate.evidence["critic"]) == 0
+    assert not built.gate.is_open
 
 
 def test_a_run_with_a_critic_resumes_to_the_same_bits(write_config, tmp_path):
@@ -175,7 +175,7 @@ def test_a_run_with_a_critic_resumes_to_the_same_bits(write_config, tmp_path):
     again.fit(4)
     assert torch.equal(weights(again), weights(whole))
     assert torch.equal(heads(again), heads(whole))
-    assert (again.may_move, again.held_back, again.evidence) == (True, 2, whole.evidence)
+    assert (again.gate.is_open, again.gate.held_back, again.gate.evidence) == (True, 2, whole.gate.evidence)
 
 
 def test_micro_batches_change_nothing_for_a_critic(write_config):
@@ -212,13 +212,13 @@ def test_a_critic_learns_from_features_of_image_level_and_prompt(write_config):
     cond = pipeline.encode(["a photo of a red ring", "a photo of two blue squares"])
     x = torch.randn(1, *pipeline.event_shape, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
     both = features(x, torch.tensor(0.5), cond)
-    assert both.shape == (2, built.heads["critic"].bare[0].normalized_shape[0])
+    assert both.shape == (2, built.cast.heads["critic"].bare[0].normalized_shape[0])
     assert not torch.equal(both[0], both[1])  # the prompt
     assert not torch.allclose(both, features(x, torch.tensor(0.4), cond))
     assert not torch.allclose(both, features(x + 0.1, torch.tensor(0.5), cond))
     alone = features(x[:1], torch.tensor(0.5), cond.take(torch.tensor([1])))
     assert torch.allclose(alone[0], both[1], atol=1e-4)
-    for parameter in built.parameters:
+    for parameter in built.cast.parameters:
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     assert torch.equal(features(x, torch.tensor(0.5), cond), both)  # of the base, whatever was trained
 

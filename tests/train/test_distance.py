@@ -20,7 +20,7 @@ def test_it_is_the_mean_squared_difference_of_velocities_and_0_before_anything_m
     before = dict(trainer.collector.evaluations)
     assert float(distance_to_base(found.velocity, found.experience, seed=0, step=0)) == 0
     with torch.no_grad():
-        for parameter in trainer.parameters:
+        for parameter in trainer.cast.parameters:
             parameter.add_(0.1)
     moved = float(distance_to_base(found.velocity, found.experience, seed=0, step=0))
     assert trainer.collector.evaluations["monitor"] == 32

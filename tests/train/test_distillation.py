@@ -85,7 +85,7 @@ def test_the_warm_up_has_a_learning_rate_of_its_own_which_falls_to_the_usual_one
     rates = []
     for step in range(4):
         built.step(step)
-        rates.append(built.optimizer.param_groups[0]["lr"])
+        rates.append(built.cast.optimizer.param_groups[0]["lr"])
     usual, num = SMALL["learning_rate"], 2 * built.algorithm.num_updates
     # After the last update of each step, the student being held back in the third.
     falling = [0.5 + (usual - 0.5) * (num // 2 * (step + 1) - 1) / num for step in range(2)]
@@ -119,7 +119,7 @@ def test_each_players_gradient_reaches_that_player_alone(write_config, model, lo
     velocity, algorithm = found.velocity, built.algorithm
 
     def touched():
-        players = {name: player.parameters for name, player in built.trained.items()}
+        players = {name: player.parameters for name, player in built.cast.players.items()}
         hit = {name for name, parameters in players.items() if any(p.grad is not None and bool(p.grad.any()) for p in parameters)}
         for parameters in players.values():
             for parameter in parameters:
@@ -132,11 +132,11 @@ def test_each_players_gradient_reaches_that_player_alone(write_config, model, lo
         with built.pipeline.roles.use(player) if player == "fake" else torch.enable_grad():
             algorithm.loss(player, rows, velocity).value.sum().backward()
         assert touched() == {player}
-    torch.nn.init.normal_(built.heads["discriminator"].bare.pooled[0].weight)  # at first it says 0 of everything
+    torch.nn.init.normal_(built.cast.heads["discriminator"].bare.pooled[0].weight)  # at first it says 0 of everything
     for kept in (True, False):
         with torch.set_grad_enabled(kept):
             rows = algorithm.look(algorithm.rows(found.experience, Update(seed=0, step=0, index=2)), velocity)
-        (rows,), _, _ = algorithm.weigh([rows], built.state, identity)
+        (rows,), _, _ = algorithm.weigh([rows], built.cast.state, identity)
         algorithm.loss("current", rows, velocity).value.sum().backward()
         assert touched() == {"current"}
     assert not any(p.grad is not None and bool(p.grad.any()) for p in built.pipeline.denoiser.parameters())
@@ -145,7 +145,7 @@ def test_each_players_gradient_reaches_that_player_alone(write_config, model, lo
 def test_the_discriminator_reads_the_base_on_latents_that_carry_gradient(write_config):
     """The adversarial part of the student's gradient against central differences."""
     built = build(write_config)
-    torch.nn.init.normal_(built.heads["discriminator"].bare.pooled[0].weight)
+    torch.nn.init.normal_(built.cast.heads["discriminator"].bare.pooled[0].weight)
     velocity = built.collect(0).velocity
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *built.pipeline.event_shape, generator=generator)
@@ -228,16 +228,16 @@ KILLED = """
 import os, signal, sys
 from flowalign.run import run_training
 from flowalign.run_config import load_config
-from flowalign.train.fit import Trainer
+from flowalign.train.updates import Updater
 
-honest, at = Trainer._move, (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+honest, at = Updater._move, (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
 
 def move(self, name, means, update):
     if (update.step, update.index, name) == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(self, name, means, update)
 
-Trainer._move = move
+Updater._move = move
 run_training(load_config(sys.argv[1]))
 """
 
@@ -467,7 +467,7 @@ def test_a_divergence_that_is_not_known_is_refused_where_it_stands(write_config)
 def test_ratios_outside_the_clip_are_warned_of_with_the_remedy(write_config):
     built = build(write_config)
     with torch.no_grad():
-        built.heads["discriminator"].bare.pooled[0].bias.fill_(-8.0)
+        built.cast.heads["discriminator"].bare.pooled[0].bias.fill_(-8.0)
     with pytest.warns(UserWarning, match=r"density ratio: most of the batch lies outside .*lower the discriminator's learning rate"):
         line = built.step(0)
     assert line["metrics"]["ratio/clipped"] == 1
@@ -517,10 +517,10 @@ def test_samples_of_a_broken_teacher_are_not_kept(write_config):
 def test_weights_that_a_step_breaks_name_their_player(write_config, player):
     built = build(write_config)
     with torch.no_grad():
-        built.trained[player].parameters[0].fill_(math.inf)
+        built.cast.players[player].parameters[0].fill_(math.inf)
     where = "train" if player == "current" else f"algorithm.{player}"
     with pytest.raises(FloatingPointError, match=rf"step 3, player '{player}': the norm of its weights is .*Lower {where}.learning_rate"):
-        built._check_weights(3)
+        built.updater.check_weights(3)
 
 
 def test_no_block_behind_the_last_tap_is_called_for_the_critics(write_config):
@@ -575,9 +575,9 @@ def test_a_student_of_several_steps_walks_to_its_rung_and_finishes_there(write_c
 def test_a_player_that_is_not_finite_stops_before_anyone_moves_and_is_named(write_config, player):
     built = build(write_config)
     with torch.no_grad():
-        built.trained[player].parameters[0].fill_(float("nan"))
+        built.cast.players[player].parameters[0].fill_(float("nan"))
     before = {role: weights_of(built, role) for role in ("current", "fake")}
-    head = [parameter.detach().clone() for parameter in built.heads["discriminator"].parameters]
+    head = [parameter.detach().clone() for parameter in built.cast.heads["discriminator"].parameters]
     with pytest.raises(FloatingPointError, match=f"step 0, player '{player}': .*it was not updated"):
         built.step(0)
     assert not any(
@@ -585,7 +585,7 @@ def test_a_player_that_is_not_finite_stops_before_anyone_moves_and_is_named(writ
         for role in before
         for name, old in before[role].items()
     )
-    kept = zip(head, built.heads["discriminator"].parameters, strict=True)
+    kept = zip(head, built.cast.heads["discriminator"].parameters, strict=True)
     assert all(torch.equal(old.nan_to_num(), new.detach().nan_to_num()) for old, new in kept)
 
 
@@ -597,7 +597,7 @@ def test_a_fake_score_that_breaks_after_its_last_update_is_blamed_and_not_the_st
         def turns(self, update, *, ready):
             if update.index == self.config.critic_updates:
                 with torch.no_grad():
-                    built.trained["fake"].parameters[0].fill_(float("nan"))
+                    built.cast.players["fake"].parameters[0].fill_(float("nan"))
             return honest(update, ready=ready)
 
     built.algorithm = Patched(built.algorithm.config)

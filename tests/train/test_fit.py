@@ -43,9 +43,9 @@ def gradient(built, step=0, index=0):
     found = built.collect(step)
     experience, velocity = found.experience, found.velocity
     rows = built.algorithm.rows(experience, Update(seed=0, step=step, index=index))
-    sums, _ = built._backward("current", rows.split(built.config.micro_batch_size), velocity, experience.keep)
-    found = torch.cat([p.grad.flatten() for p in built.parameters])
-    for parameter in built.parameters:
+    sums, _ = built.updater._backward("current", rows.split(built.config.micro_batch_size), velocity, experience.keep)
+    found = torch.cat([p.grad.flatten() for p in built.cast.parameters])
+    for parameter in built.cast.parameters:
         parameter.grad = None
     return found, sums
 
@@ -274,14 +274,14 @@ def test_a_reward_that_may_skip_leaves_the_sample_out(write_config):
 
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(write_config, monkeypatch):
     built = trainer(write_config())
-    before = [parameter.detach().clone() for parameter in built.parameters]
+    before = [parameter.detach().clone() for parameter in built.cast.parameters]
     honest = built.pipeline.velocity
     monkeypatch.setattr(built.pipeline, "velocity", lambda *a, **k: honest(*a, **k) * float("nan"))
     with pytest.raises(
         FloatingPointError, match=r"step 0, player 'current': the loss is nan \(last finite: none yet\); it was not updated"
     ):
         built.step(0)
-    assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, built.cast.parameters, strict=True))
 
 
 def test_weights_that_are_not_finite_are_never_saved(write_config):
@@ -296,7 +296,7 @@ def test_a_policy_gradient_through_a_velocity_that_is_not_finite_names_step_and_
     found = built.collect(0)
     experience, velocity = found.experience, found.velocity
     with pytest.raises(FloatingPointError, match=r"step 0, player 'current': gaussian_log_prob: row 0 is nan.*it was not updated"):
-        built.update(experience, lambda *a, **k: velocity(*a, **k) * float("nan"), Update(seed=0, step=0, index=0))
+        built.updater.update(experience, lambda *a, **k: velocity(*a, **k) * float("nan"), Update(seed=0, step=0, index=0), ready=True)
 
 
 def test_a_folder_of_another_configuration_is_refused_with_what_changed(write_config):
@@ -363,14 +363,14 @@ def test_roles_follow_their_recursions_and_rates_their_formulas(write_config):
     built = trainer(write_config(algorithm=awm, train=sizes))
     slow, average = adapters(built, "ema"), adapters(built, "average")
     rates, norms = [], []
-    honest = built.optimizer.step
+    honest = built.cast.optimizer.step
 
     def step(*args, **options):
-        rates.append(built.optimizer.param_groups[0]["lr"])
-        norms.append(float(torch.stack([p.grad.norm() for p in built.parameters]).norm()))
+        rates.append(built.cast.optimizer.param_groups[0]["lr"])
+        norms.append(float(torch.stack([p.grad.norm() for p in built.cast.parameters]).norm()))
         return honest(*args, **options)
 
-    built.optimizer.step = step
+    built.cast.optimizer.step = step
     for number in range(3):
         built.step(number)
         current = adapters(built, "current")
@@ -393,9 +393,9 @@ def test_samples_that_are_not_kept_have_no_part_in_the_loss(write_config):
     rows = built.algorithm.rows(experience, update)
 
     def gradient_of(rows, keep):
-        sums, _ = built._backward("current", rows.split(built.config.micro_batch_size), found.velocity, keep)
-        flat = torch.cat([p.grad.flatten() for p in built.parameters])
-        built.optimizer.zero_grad(set_to_none=True)
+        sums, _ = built.updater._backward("current", rows.split(built.config.micro_batch_size), found.velocity, keep)
+        flat = torch.cat([p.grad.flatten() for p in built.cast.parameters])
+        built.cast.optimizer.zero_grad(set_to_none=True)
         return flat, {name: float(total / number) for name, (total, number) in sums.items()}
 
     keep = torch.tensor([True, False, True, True, False, True, True, False])
@@ -403,9 +403,9 @@ def test_samples_that_are_not_kept_have_no_part_in_the_loss(write_config):
     masked, left_out = gradient_of(rows, keep), gradient_of(alone, torch.ones(8, dtype=torch.bool))
     assert torch.allclose(masked[0], left_out[0], atol=1e-6 * float(left_out[0].abs().max()))
     assert masked[1] == pytest.approx(left_out[1], rel=1e-5)
-    before = [parameter.detach().clone() for parameter in built.parameters]
-    assert built.update(replace(experience, keep=torch.zeros(8, dtype=torch.bool)), found.velocity, update) == {}
-    assert all(torch.equal(old, new) for old, new in zip(before, built.parameters, strict=True))
+    before = [parameter.detach().clone() for parameter in built.cast.parameters]
+    assert built.updater.update(replace(experience, keep=torch.zeros(8, dtype=torch.bool)), found.velocity, update, ready=True) == {}
+    assert all(torch.equal(old, new) for old, new in zip(before, built.cast.parameters, strict=True))
 
 
 def test_estimators_with_a_memory_meet_prompts_and_samples_under_lasting_ids(write_config, monkeypatch):

@@ -46,9 +46,9 @@ def test_rates_and_betas_are_those_of_the_new_configuration(write_config, begun)
     assert take_over(begun, config) == 2
     trainer = build_trainer(config, Accelerator())
     trainer.fit(3)
-    group = trainer.optimizer.param_groups[0]
+    group = trainer.cast.optimizer.param_groups[0]
     assert (group["lr"], list(group["betas"]), group["weight_decay"]) == (1e-4, [0.5, 0.6], 0.25)
-    moments = next(iter(trainer.optimizer.state_dict()["state"].values()))
+    moments = next(iter(trainer.cast.optimizer.state_dict()["state"].values()))
     assert moments["step"] == 6  # two updates a step: the moments are of all three
     # A run that is there is resumed as it is.
     main(["train", str(path), "--from", str(begun)])

@@ -36,12 +36,12 @@ def gradient(built, experience, factor=1.0, scale=None):
     velocity, honest = built.collect(0).velocity, built.algorithm.loss
     object.__setattr__(built.algorithm, "loss", lambda *args: replace(told := honest(*args), value=told.value * factor))
     if scale is not None:
-        built.scale.value = scale
+        built.cast.scale.value = scale
     rows = built.algorithm.rows(experience, Update(seed=0, step=0, index=0))
-    built._backward("current", rows.split(built.config.micro_batch_size), velocity, experience.keep)
-    if built.scale is not None:
-        built.scale.unscale(built.parameters)
-    return torch.cat([parameter.grad.flatten() for parameter in built.parameters]) / factor
+    built.updater._backward("current", rows.split(built.config.micro_batch_size), velocity, experience.keep)
+    if built.cast.scale is not None:
+        built.cast.scale.unscale(built.cast.parameters)
+    return torch.cat([parameter.grad.flatten() for parameter in built.cast.parameters]) / factor
 
 
 def test_the_factor_halves_where_gradients_overflow_and_doubles_after_many_that_did_not():
@@ -71,13 +71,13 @@ def test_only_float16_is_scaled_and_only_where_one_network_is_trained():
 def test_small_gradients_survive_float16_by_the_scale_and_vanish_without(write_config):
     path = write_config()
     full = trainer(path, torch.float32)
-    assert full.scale is None
+    assert full.cast.scale is None
     experience = full.collect(0).experience
     expected = gradient(full, experience)
 
     def error(scale):
         built = trainer(path, HALF)
-        assert {parameter.dtype for parameter in built.parameters} == {torch.float32}
+        assert {parameter.dtype for parameter in built.cast.parameters} == {torch.float32}
         return float((gradient(built, experience, 1e-3, scale) - expected).norm() / expected.norm())
 
     assert error(2.0**16) < 0.05
@@ -86,23 +86,23 @@ def test_small_gradients_survive_float16_by_the_scale_and_vanish_without(write_c
 
 def test_an_update_that_overflows_moves_nothing_and_the_next_tries_half(write_config):
     built = trainer(write_config(), HALF)
-    built.scale.value = 2.0**60
+    built.cast.scale.value = 2.0**60
     before, line = weights(built), built.step(0)
     assert torch.equal(weights(built), before)
-    assert built.scale.value == 2.0 ** (60 - built.algorithm.num_updates)
+    assert built.cast.scale.value == 2.0 ** (60 - built.algorithm.num_updates)
     assert "loss" not in line["metrics"]
-    built.scale.value = 2.0**10
+    built.cast.scale.value = 2.0**10
     line = built.step(1)
     assert not torch.equal(weights(built), before)
     assert line["metrics"]["loss_scale"] == 2.0**10
     other = trainer(write_config("other"), HALF)
     other.load_state_dict(built.state_dict())
-    assert other.scale == built.scale
+    assert other.cast.scale == built.cast.scale
 
 
 def test_gradients_that_are_not_finite_at_a_factor_of_one_are_the_runs_own(write_config):
     built = trainer(write_config(), HALF)
-    built.scale.value = 1.0
+    built.cast.scale.value = 1.0
     honest = built.algorithm.loss
     object.__setattr__(built.algorithm, "loss", lambda *args: replace(told := honest(*args), value=told.value * 1e30))
     before = weights(built)

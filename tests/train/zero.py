@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from flowalign import run
 from flowalign.run_config import load_config
 from flowalign.train import checkpoint
-from flowalign.train.fit import Diverged
+from flowalign.train.updates import Diverged
 
 settings = yaml.safe_load((Path(__file__).parents[2] / "configs" / "engines" / "zero2.yaml").read_text())
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
