@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,8 +67,16 @@ def read_prompts(path: Path) -> list[Prompt]:
             ) from None
         if line.strip():
             places.append(f"{path}, line {line_number}")
-            records.append({"prompt": line.strip()} if path.suffix == ".txt" else _record(line, places[-1]))
+            records.append(_line(line, places[-1]) if path.suffix == ".txt" else _record(line, places[-1]))
     return number(records, str(path), places)
+
+
+def _line(line: str, where: str) -> dict[str, Any]:
+    if line.lstrip().startswith("{") and line.rstrip().endswith("}"):
+        with suppress(json.JSONDecodeError):
+            json.loads(line)
+            raise ValueError(f"{where}: a JSON object in a file of plain prompts; rename the file to .jsonl")
+    return {"prompt": line.strip()}
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

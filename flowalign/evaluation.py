@@ -16,6 +16,7 @@ from flowalign.core.algorithm import REFERENCE
 from flowalign.evaluate.quality import Comparison
 from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.suites import suite
+from flowalign.evaluate.verdicts import check_resolution
 from flowalign.evaluation_result import Result
 from flowalign.fidelity_options import Ruler, ruler
 from flowalign.generate import open_model, run_of, score_model, student_steps
@@ -55,6 +56,7 @@ def evaluate(
     loras = [] if lora is None else [lora] if isinstance(lora, Path) else list(lora)
     others = [] if against is None else [against] if isinstance(against, str) else list(against)
     _check_sides(loras, others)
+    check_resolution(resolution)
     sizes = {"num_prompts": num_prompts, "images_per_prompt": images_per_prompt}
     chosen = suite(suite_name, **{**sizes, **suite_options(suite_name, num_prompts, options or {})})
     settings, evaluated = open_model(model, loras[0] if loras else None, num_steps=num_steps, fields=fields)
@@ -88,9 +90,9 @@ def evaluate(
         resolution=resolution,
         settings=configuration.encode(settings),
     )
-    result.show()
     if output is not None:
         result.write(output)
+    result.show()
     return {**result.as_dict(), "settings": dict(result.settings)}
 
 

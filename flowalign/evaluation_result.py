@@ -119,7 +119,9 @@ class Result:
         """Say how many images have no score: means are over the others."""
         found = [(name, run.summary()["num_invalid"].get(measure, 0), len(run.records)) for name, run in self._sides()]
         said = [f"{num} of {size} images{f' of {name}' if len(found) > 1 else ''}" for name, num, size in found if num]
-        return f"not scored: {', '.join(said)}; means are over the others" if said else ""
+        without = dict.fromkeys(tag for _, run in self._sides() for tag in run.tags() if tag not in run.scores(measure).per_tag)
+        left_out = f", and macro means leave out {', '.join(without)}, of which none has a score" if without else ""
+        return f"not scored: {', '.join(said)}; means are over the others{left_out}" if said else ""
 
     def _sides(self) -> list[tuple[str, Evaluation]]:
         return [*([(self.names[0], self.base)] if self.base is not None else []), (self.names[1], self.runs[0])]

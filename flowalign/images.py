@@ -115,11 +115,11 @@ def png_bytes(image: Tensor | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def picture_bytes(image: Tensor) -> bytes:
-    """Return one image ``[3, h, w]`` for a page: the bytes of a PNG where it is small, else of a JPEG at most 512 pixels wide."""
+def picture_bytes(image: Tensor, *, most: int = 512) -> bytes:
+    """Return one image ``[3, h, w]`` for a page: the bytes of a PNG where it is small, else of a JPEG at most so many pixels wide."""
     if max(image.shape[1:]) <= _SMALL:
         return png_bytes(image)
-    return jpeg_bytes(to_pil(image), _PAGE)
+    return jpeg_bytes(to_pil(image), most)
 
 
 def jpeg_bytes(picture: Image.Image, most: int) -> bytes:
@@ -131,7 +131,7 @@ def jpeg_bytes(picture: Image.Image, most: int) -> bytes:
     return buffer.getvalue()
 
 
-_SMALL, _PAGE = 128, 512
+_SMALL = 128
 
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

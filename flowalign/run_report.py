@@ -148,7 +148,14 @@ def _tables(logs: Mapping[str, Log], settings: Mapping[str, Mapping[str, Any]]) 
     columns = ("Reward", *(f"{name}, {when}" for name in logs for when in ("first 5 steps", "last 5 steps")))
     names = list(dict.fromkeys(name for log in logs.values() for name in log[-1]["reward"]))
     rows = [[name, *(_mean(part, name) for log in logs.values() for part in (log[:5], log[-5:]))] for name in names]
-    tables = [Table(title="Rewards on training prompts", columns=columns, rows=rows, caption="Means over steps of raw values.")]
+    tables = [
+        Table(
+            title="Rewards on training prompts",
+            columns=columns,
+            rows=rows,
+            caption="Means over steps of raw values. Intervals: 1.96 standard errors, as if every image were of a prompt of its own; true ones are wider.",
+        )
+    ]
     told = [[name, str(line["step"] + 1), text] for name, log in logs.items() for line, text in _first_alarms(log)]
     if told:
         tables.append(Table(title="Alarms", columns=("Run", "Step", "What was seen"), rows=told))
@@ -180,8 +187,16 @@ def _work_of_runs(logs: Mapping[str, Log]) -> Table:
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = [line["reward"][name] for line in lines if name in line["reward"]]
-    return f"{sum(values) / len(values):.4g}" if values else ""
+    """Return a reward's mean over steps with its interval, as if every image were of a prompt of its own."""
+    told = [line for line in lines if name in line["reward"]]
+    if not told:
+        return ""
+    mean = sum(line["reward"][name] for line in told) / len(told)
+    variances = [
+        line["reward_std"][name] ** 2 / line["images"] for line in told if line.get("images", 0) > 1 and name in line.get("reward_std", {})
+    ]
+    half = 1.96 * math.sqrt(sum(variances)) / len(told) if len(variances) == len(told) else None
+    return f"{mean:.4g}" + ("" if half is None else f" [{mean - half:.4g}, {mean + half:.4g}]")
 
 
 def _first_alarms(log: Log) -> list[tuple[dict[str, Any], str]]:

@@ -126,7 +126,13 @@ class Scorer:
 
 
 def write_geneval_prompts(path: Path, split: str, *, num: int, seed: int) -> Path:
-    """Write GenEval-style prompts as JSON lines; the command ``flowalign geneval prompts``."""
+    """Write GenEval-style prompts as JSON lines; the command ``flowalign geneval prompts``.
+
+    Raises:
+        ConfigError: If the file's name does not end in ``.jsonl``: readers go by it.
+    """
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"--output: got {path}, needed a name that ends in .jsonl (a record a line)")
     records = geneval_prompts.official() if split == "official" else geneval_prompts.generate(split, seed=seed, num=num)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

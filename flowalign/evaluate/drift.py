@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from flowalign.evaluate.fidelity import (
-    PixelStatistics,
     RandomFeatures,
     features_of,
     kernel_distance,
-    pixel_statistics,
+    pixel_values,
     relative_diversity,
     within_prompt_distance,
     within_prompt_vendi,
 )
 from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.scores import Interval
+from flowalign.evaluate.statistics import bootstrap
 from flowalign.evaluate.suites import ShapesSuite
 
 
@@ -34,7 +34,7 @@ class Drift:
         feature_diversity: Distance between images of one prompt in features, tuned relative to base; 1 is unchanged.
         pixel_diversity: The same in pixels.
         vendi: Effective number of different images of one prompt, tuned relative to base.
-        pixels_base: Pixel statistics of the base's images.
+        pixels_base: Mean brightness, saturation and edge density of the base's images, as :class:`flowalign.evaluate.fidelity.PixelStatistics` has them.
         pixels_tuned: The same for the tuned model.
         pixels_reference: The same for real images.
     """
@@ -45,9 +45,9 @@ class Drift:
     feature_diversity: Interval
     pixel_diversity: Interval
     vendi: Interval
-    pixels_base: PixelStatistics
-    pixels_tuned: PixelStatistics
-    pixels_reference: PixelStatistics
+    pixels_base: Mapping[str, Interval]
+    pixels_tuned: Mapping[str, Interval]
+    pixels_reference: Mapping[str, Interval]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON wants it."""
@@ -63,13 +63,9 @@ class Drift:
             "Different images of a prompt (Vendi)": self.vendi,
         }.items():
             rows.append([name, "1", str(interval), "", "relative to base; 0 is collapse"])
-        for name, field in {
-            "Brightness": "brightness",
-            "Saturation": "saturation",
-            "Edge density": "edge_density",
-        }.items():
-            values = [asdict(p)[field] for p in (self.pixels_base, self.pixels_tuned, self.pixels_reference)]
-            rows.append([name, *(f"{value:.3f}" for value in values), "near the real images"])
+        for name in self.pixels_base:
+            values = [str(found[name]) for found in (self.pixels_base, self.pixels_tuned, self.pixels_reference)]
+            rows.append([name.capitalize().replace("_", " "), *values, "near the real images"])
         return rows
 
 
@@ -114,6 +110,10 @@ def measure_drift(base: Tensor, tuned: Tensor, reference: Tensor, control: Tenso
     def relative(first: Tensor, second: Tensor) -> Interval:
         return relative_diversity(first, second, seed=seed)
 
+    def pixels(images: Tensor) -> dict[str, Interval]:
+        tags = ["all"] * len(prompt_id)
+        return {name: bootstrap(values, prompt_id, tags, seed=seed).overall for name, values in pixel_values(images).items()}
+
     return Drift(
         distance_base=kernel_distance(of_base, of_reference, prompt_id),
         distance_tuned=kernel_distance(of_tuned, of_reference, prompt_id),
@@ -121,7 +121,7 @@ def measure_drift(base: Tensor, tuned: Tensor, reference: Tensor, control: Tenso
         feature_diversity=relative(within_prompt_distance(of_base, prompt_id), within_prompt_distance(of_tuned, prompt_id)),
         pixel_diversity=relative(within_prompt_distance(base, prompt_id), within_prompt_distance(tuned, prompt_id)),
         vendi=relative(within_prompt_vendi(of_base - common, prompt_id), within_prompt_vendi(of_tuned - common, prompt_id)),
-        pixels_base=pixel_statistics(base),
-        pixels_tuned=pixel_statistics(tuned),
-        pixels_reference=pixel_statistics(reference),
+        pixels_base=pixels(base),
+        pixels_tuned=pixels(tuned),
+        pixels_reference=pixels(reference),
     )

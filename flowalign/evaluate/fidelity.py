@@ -211,6 +211,15 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     """Return mean brightness, saturation and edge density of images ``[batch, 3, h, w]``, floats in [0, 1] or bytes.
 
     Raises:
+        ValueError: As :func:`pixel_values`.
+    """
+    return PixelStatistics(**{name: float(values.mean()) for name, values in pixel_values(images).items()})
+
+
+def pixel_values(images: Tensor) -> dict[str, Tensor]:
+    """Return brightness, saturation and edge density of each image, ``[batch]`` float64; see :class:`PixelStatistics`.
+
+    Raises:
         ValueError: If there are no images or they have another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
@@ -222,11 +231,8 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     right = functional.pad(luma.diff(dim=2), (0, 1))
     down = functional.pad(luma.diff(dim=1), (0, 0, 0, 1))
     is_edge = (right.square() + down.square()).sqrt() > 0.1
-    return PixelStatistics(
-        brightness=float(luma.mean()),
-        saturation=float(saturation.mean()),
-        edge_density=float(is_edge.double().mean()),
-    )
+    means = {"brightness": luma, "saturation": saturation, "edge_density": is_edge.double()}
+    return {name: values.mean(dim=(1, 2)) for name, values in means.items()}
 
 
 def kid_kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,10 +121,13 @@ class Evaluation:
         }
 
     def write(self, path: str | Path) -> None:
-        """Write the records as JSON lines; :func:`read_evaluation` reads them back (without images)."""
+        """Write the records as JSON lines, in a file that is whole or not there; :func:`read_evaluation` reads them back (without images)."""
         head = {"suite": self.suite, "seed": self.seed}
         lines = [json.dumps({**head, **asdict(record)}, ensure_ascii=False) for record in self.records]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = Path(path)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
@@ -133,7 +137,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
         ValueError: If a line is not a record, with its number, or the file mixes suites or seeds.
     """
     records, heads = [], set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # Not by splitlines, which would also break at separators that prompts may hold.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             fields = json.loads(line)
             heads.add((str(fields.pop("suite")), int(fields.pop("seed"))))
@@ -234,13 +239,13 @@ def table(base: Evaluation, tuned: Evaluation | None = None, *, measure: Measure
     meanings = base.num_meanings()
     rows = [["tag", "prompts", *(["meanings"] if meanings else []), "images", *columns, *(["p, Holm over tags"] if corrected else [])]]
 
-    def row(name: str, tags: Sequence[str], cells: Sequence[Interval]) -> list[str]:
+    def row(name: str, tags: Sequence[str], cells: Sequence[Interval | str]) -> list[str]:
         counts = [first.num_prompts, *([meanings] if meanings else []), first.num_images]
         return [name, *(str(sum(count.get(tag, 0) for tag in tags)) for count in counts), *map(str, cells)]
 
     for tag in base.tags():
-        told = [f"{corrected[tag]:.4f}"] if corrected else []
-        rows.append([*row(tag, [tag], [scores.per_tag[tag] for scores in columns.values()]), *told])
+        told = [f"{corrected[tag]:.4f}" if tag in corrected else ""] if corrected else []
+        rows.append([*row(tag, [tag], [scores.per_tag.get(tag, "no score") for scores in columns.values()]), *told])
     rest = [""] if corrected else []
     rows.append([*row("macro mean", base.tags(), [scores.overall for scores in columns.values()]), *rest])
     rows.append([*row("mean of images", base.tags(), [scores.micro for scores in columns.values()]), *rest])

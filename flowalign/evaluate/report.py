@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from torch import Tensor
 
-from flowalign.evaluate.charts import Chart, Drawing, draw
+from flowalign.evaluate.charts import Chart, Drawing, draw, ticks
 from flowalign.evaluate.records import Evaluation, Measure, compare
 from flowalign.evaluate.scores import Interval
 from flowalign.images import PNG, picture_bytes
@@ -208,7 +208,8 @@ def write_svg(path: str | Path, chart: Chart) -> Path:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(titled=_titled, signed=_signed, span=_span, percent=_percent, duration=_duration, p_value=_p_value)
+    environment.filters.update(titled=_titled, signed=_signed, span=_span, place=_place, duration=_duration, p_value=_p_value)
+    environment.tests["share"] = _is_share
     return environment.from_string(resources.files("flowalign.evaluate").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -219,13 +220,14 @@ def render(report: Report) -> str:
         report=report,
         cards=[_card(comparison, report.names) for comparison in report.comparisons],
         drawings=drawings,
+        axis=axis_of(report.headline),
         total_seconds=sum(share.seconds for share in report.shares),
         total_flops=sum(part.flops for part in report.work),
     )
 
 
 def score_rows(base: Evaluation, tuned: Evaluation, *, measure: Measure = "strict") -> list[ScoreRow]:
-    """Return the rows of the table of scores: each tag, then the macro mean."""
+    """Return the rows of the table of scores: each tag that has any, then the macro mean."""
     first, second, difference = base.scores(measure), tuned.scores(measure), compare(base, tuned)[measure]
     meanings = base.num_meanings()
 
@@ -241,6 +243,7 @@ def score_rows(base: Evaluation, tuned: Evaluation, *, measure: Measure = "stric
             difference=difference.per_tag[tag],
         )
         for tag in base.tags()
+        if tag in difference.per_tag
     ]
     overall = note(sum(first.num_prompts.values()), sum(meanings.values()))
     return [
@@ -307,6 +310,9 @@ def _third(further: tuple[str, Evaluation] | None, chosen: Sequence[int]) -> tup
     return name, found.images[list(chosen)], [bool(found.passed(found.records[row])) for row in chosen]
 
 
+_MANY = 320  # pixels of a width: a page of twelve prompts, four images and two models stays below 10 MB
+
+
 def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:
     sides = []
     further = [] if comparison.further is None else [comparison.further]
@@ -317,7 +323,9 @@ def _card(comparison: Comparison, names: tuple[str, str]) -> dict[str, object]:
     ):
         if len(images) != len(passed) or len(images) != len(comparison.base):
             raise ValueError(f"comparison {comparison.prompt!r}: needed as many {name} images as verdicts, and as base images")
-        pictures = [{"uri": data_uri(picture_bytes(image)), "passed": bool(good)} for image, good in zip(images, passed, strict=True)]
+        pictures = [
+            {"uri": data_uri(picture_bytes(image, most=_MANY)), "passed": bool(good)} for image, good in zip(images, passed, strict=True)
+        ]
         sides.append({"name": name, "kind": kind, "pictures": pictures, "num_passed": sum(bool(good) for good in passed)})
     return {"prompt": comparison.prompt, "sides": sides}
 
@@ -337,9 +345,22 @@ def _span(interval: Interval, pattern: str = "{:.3f}") -> str:
     return f"{pattern.format(interval.low)} to {pattern.format(interval.high)}".replace("-", "\N{MINUS SIGN}")
 
 
-def _percent(value: float | None) -> str:
-    """A place on a bar from 0 to 1, as CSS wants it."""
-    return f"{100 * min(max(value or 0.0, 0.0), 1.0):.2f}%"
+def axis_of(headline: Headline | None) -> list[float]:
+    """Return the marks of the headline's axis: from 0 to 1 where all it shows lies there, else round numbers around it."""
+    if headline is None:
+        return []
+    shown = [value for found in (headline.base, headline.tuned) for value in (found.mean, found.low, found.high) if value is not None]
+    return [0, 0.25, 0.5, 0.75, 1] if min(shown) >= 0 and max(shown) <= 1 else ticks(min(shown), max(shown))
+
+
+def _place(value: float, axis: Sequence[float]) -> str:
+    """Return where a value stands on an axis, as CSS wants it."""
+    return f"{100 * (value - axis[0]) / (axis[-1] - axis[0]):.2f}%"
+
+
+def _is_share(row: ScoreRow) -> bool:
+    """Tell whether a row's scores can be drawn as parts of a whole."""
+    return all(0 <= found.mean <= 1 for found in (row.base, row.tuned))
 
 
 def _duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ def verdict(difference: Difference, *, resolution: float, p_value: float | None 
     Raises:
         ValueError: If the resolution is not positive.
     """
-    _check_resolution(resolution)
+    check_resolution(resolution)
     found, p = difference.overall, difference.p_value if p_value is None else p_value
     if found.low is None or found.high is None:
         return f"undecided: {found.mean:+.3f}, but a tag with one prompt allows no interval; evaluate more prompts"
@@ -43,8 +43,13 @@ def verdict(difference: Difference, *, resolution: float, p_value: float | None 
     return f"{said}; {_images_for(difference, (found.high - found.low) / 2, resolution)}"
 
 
-def _check_resolution(resolution: float) -> None:
-    if not resolution > 0:
+def check_resolution(resolution: float) -> None:
+    """Refuse a difference that nobody can want to see.
+
+    Raises:
+        ValueError: If the resolution is not a positive number.
+    """
+    if not 0 < resolution < math.inf:
         raise ValueError(f"resolution: got {resolution}, needed a positive difference of scores")
 
 
@@ -143,7 +148,7 @@ def verdict_over_seeds(found: SeedGains, *, resolution: float, p_value: float | 
     Raises:
         ValueError: If the resolution is not positive.
     """
-    _check_resolution(resolution)
+    check_resolution(resolution)
     seeds, prompts = found.over_seeds, found.over_prompts.overall
     assert seeds.low is not None
     assert seeds.high is not None

@@ -12,7 +12,7 @@ from flowalign.cli import main
 from flowalign.compute import flops_by_purpose
 from flowalign.config import ConfigError
 from flowalign.env import MADE, note_made, read_made, versions
-from flowalign.run_report import report_runs
+from flowalign.run_report import _mean, report_runs
 
 
 def make_run(folder, *, rate=1e-4, alarm=True, steps=12):
@@ -147,3 +147,11 @@ def test_rewards_have_bands_of_their_standard_error():
     assert curve.high == pytest.approx([0.5 + 1.96 * 0.05] * 2)
     assert "standard errors" in chart.caption
     assert not _chart("training: gradient norm", {"run": [_flat(line)]}).curves[0].low
+
+
+def test_rewards_on_training_prompts_have_an_interval_of_their_images():
+    lines = [{"reward": {"pick": value}, "reward_std": {"pick": 2.0}, "images": 16} for value in (1.0, 3.0, 2.0, 2.0)]
+    # The standard error of a step is 2 / sqrt(16), that of the mean of four steps half of it.
+    assert _mean(lines, "pick") == "2 [1.51, 2.49]"
+    assert _mean([{"reward": {"pick": 1.0}}], "pick") == "1"
+    assert _mean(lines, "other") == ""

@@ -114,6 +114,15 @@ def test_a_missing_optional_package_says_how_to_get_it():
         plugins.require("no_such_package", "ocr")
 
 
+def test_records_in_a_file_of_plain_prompts_are_no_prompts(tmp_path):
+    lines = tmp_path / "a.txt"
+    lines.write_text('a cat\n{"prompt": "a dog"}\n')
+    with pytest.raises(ValueError, match=r"a.txt, line 2: a JSON object in a file of plain prompts; rename the file to .jsonl"):
+        data.read_prompts(lines)
+    lines.write_text("{a cat} and {braces}\n")
+    assert [prompt.text for prompt in data.read_prompts(lines)] == ["{a cat} and {braces}"]
+
+
 def test_prompt_files_keep_every_line_and_number_the_broken_one(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("\ufeffa red ring\n\n\u7ea2\u8272\u7684\u5706\na red ring\n", encoding="utf-8")
