@@ -191,6 +191,9 @@ def test_the_command_scores_a_prompt_file_and_writes_the_verdict(tmp_path, capsy
 def test_the_command_writes_prompt_files(tmp_path, capsys):
     from flowalign.cli import main
 
+    with pytest.raises(SystemExit):
+        main(["geneval", "prompts", "--output", str(tmp_path / "all.txt")])
+    assert "needed a name that ends in .jsonl" in capsys.readouterr().err
     main(["geneval", "prompts", "--output", str(tmp_path / "all.jsonl")])
     assert "553 prompts" in capsys.readouterr().out
     main(["geneval", "prompts", "--split", "unseen", "--num", "20", "--seed", "3", "--output", str(tmp_path / "few.jsonl")])
