@@ -168,16 +168,16 @@ def batch_gradient(method: Method, seed: int, draw_number: int, number: int) -> 
     update = Update(seed=seed, step=draw_number, index=0)
     rows = algorithm.rows(experience, update)
     theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    trained = 0
+    cost = 0
 
     def velocity(x: Tensor, sigma: Tensor, sample: Tensor, role: str) -> Tensor:
-        nonlocal trained
-        trained += len(x) * (role == "current")
+        nonlocal cost
+        cost += len(x) * (BACKWARD if role == "current" else 1)
         return GaussianWorld(theta, 1.0).velocity(x, sigma) if role == "current" else world.velocity(x, sigma)
 
     loss = algorithm.loss("current", rows, velocity).value.mean()
     (found,) = torch.autograd.grad(-loss, theta)
-    return float(found), method.calls * (done.evaluations + BACKWARD * trained)
+    return float(found), method.calls * (done.evaluations + cost)
 
 
 def measure(method: Method, seed: int, batches: int) -> dict[str, float]:

@@ -30,13 +30,15 @@ from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import build_trainer
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.fit import Trainer
+from flowalign.train.flops import measure
 from flowalign.train.journal import write_atomically
 from flowalign.train.pairs import PairCollector
+from flowalign.train.protocols import PromptLike
 from flowalign.train.scoring import score
 
 RESULT, IMAGES = "result.json", "images.safetensors"
 _DRIFT_PROMPTS = 64
-_TRIAL_DRAWS, _TRIAL_IMAGES, _TRIAL_BATCH = 16, 2, 64
+_TRIAL_PROMPTS, _TRIAL_IMAGES, _TRIAL_BATCH = 128, 2, 64
 _NEIGHBOURS = 5
 
 
@@ -80,11 +82,9 @@ def _train(folder: Path, cell: Cell, config: RunConfig, trainer: Trainer, chosen
     """Train until one more step would exceed the budget, scoring on the way."""
     assert isinstance(trainer.pipeline, FlowPipeline)
     trainer.pipeline.encode(["a"])  # learns once how the pipeline calls its denoiser: no part of a method's price
-    meter = Meter(network=trainer.pipeline.denoiser)
-    with meter.attached(), torch.no_grad():
-        one = torch.zeros(1, *trainer.pipeline.event_shape, device=trainer.pipeline.device)
-        trainer.pipeline.velocity(one, torch.tensor(0.5, device=one.device), trainer.pipeline.encode(["a"]))
-        meter.start()  # counting a row's operations takes time, which is no method's
+    cost_of_one = measure(trainer.pipeline, trainer.accelerator, None)  # takes time, which is no method's
+    rows = trainer.pipeline.rows_per_evaluation
+    meter = Meter(network=trainer.pipeline.denoiser, forward=cost_of_one.forward / rows, backward=cost_of_one.backward / rows)
     weights = [entry.weight for entry in config.rewards]
     reward: float | None = None
     milestones: list[dict[str, Any]] = []
@@ -152,11 +152,16 @@ def _training_reward(trainer: Trainer, weights: Sequence[float], num_steps: int)
     """Score what the model makes of training prompts, the same ones and noise for every trial: the log ends before its last update."""
     collector, pipeline = trainer.collector, trainer.pipeline
     assert isinstance(pipeline, FlowPipeline)
-    prompts = {prompt.uid: prompt for step in range(_TRIAL_DRAWS) for prompt in collector.draw(step)}.values()
+    prompts: dict[int, PromptLike] = {}
+    for step in range(_TRIAL_PROMPTS):  # a step draws one at least; how many is a setting that may be searched
+        prompts |= {prompt.uid: prompt for prompt in collector.draw(step)}
+        if len(prompts) >= _TRIAL_PROMPTS:
+            break
     generate = generator_of(pipeline, num_steps, trainer.result, seed=1)
     values = []
-    for start in range(0, len(prompts), _TRIAL_BATCH):
-        asked = [prompt for prompt in list(prompts)[start : start + _TRIAL_BATCH] for _ in range(_TRIAL_IMAGES)]
+    chosen = list(prompts.values())[:_TRIAL_PROMPTS]
+    for start in range(0, len(chosen), _TRIAL_BATCH):
+        asked = [prompt for prompt in chosen[start : start + _TRIAL_BATCH] for _ in range(_TRIAL_IMAGES)]
         texts = [prompt.text for prompt in asked]
         images = generate(texts, [(prompt.uid, number % _TRIAL_IMAGES) for number, prompt in enumerate(asked)])
         values.append(score(collector.rewards, images, texts, [prompt.metadata for prompt in asked]).values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowalign.core.flops import DIFFERENTIATED, forward_flops
+from flowalign.core.flops import DIFFERENTIATED
 
 
 @dataclass(kw_only=True)
@@ -19,17 +19,19 @@ class Meter:
 
     Attributes:
         network: The denoiser.
+        forward: Floating-point operations of a row (a multiplication and an addition are two).
+        backward: The same of its backward pass, as far as it is needed: adapters need no gradient of frozen weights.
         sampled: Rows without gradient: rollouts, reference passes.
         trained: Rows with gradient.
         seconds: Wall time, which the caller adds.
-        flops_per_row: Of one forward; known after the first call.
     """
 
     network: nn.Module
+    forward: float
+    backward: float
     sampled: int = 0
     trained: int = 0
     seconds: float = 0.0
-    flops_per_row: float = 0.0
     _pauses: int = field(default=0, repr=False)
 
     @property
@@ -39,13 +41,8 @@ class Meter:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the denoiser (a multiplication and an addition are two)."""
-        return self.evaluations * self.flops_per_row
-
-    def start(self) -> None:
-        """Begin to count from nothing."""
-        self.sampled = self.trained = 0
-        self.seconds = 0.0
+        """Floating-point operations of the denoiser."""
+        return (self.sampled + self.trained) * self.forward + self.trained * self.backward
 
     def spent(self) -> dict[str, float]:
         """Everything that was counted."""
@@ -69,19 +66,16 @@ class Meter:
     @contextlib.contextmanager
     def attached(self) -> Iterator[Meter]:
         """Count what passes the denoiser inside."""
-        handle = self.network.register_forward_hook(self._note, with_kwargs=True)
+        handle = self.network.register_forward_hook(self._note)
         try:
             yield self
         finally:
             handle.remove()
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pauses:
             return
         rows = len(output[0] if isinstance(output, tuple) else output.sample)
-        if not self.flops_per_row:
-            with self.pause():
-                self.flops_per_row = forward_flops(module, args, kwargs) / rows
         if torch.is_grad_enabled():
             self.trained += rows
         else:

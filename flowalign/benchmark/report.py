@@ -24,10 +24,11 @@ from flowalign.train.journal import write_atomically
 _DRIFT = {
     "velocity_distance": "velocity distance",
     "diversity": "diversity within a prompt (base 1)",
-    "kernel_distance": "kernel distance to real images",
+    "kernel_distance": "kernel distance to real images x 1000",
     "precision": "share of the images among the base's",
     "coverage": "coverage of the base's images",
 }
+_SCALE = {"kernel_distance": 1000}
 
 
 def write_benchmark(
@@ -57,10 +58,10 @@ def write_benchmark(
     missing = [f"{cell.method}, seed {cell.seed}" for cell in finals if cell not in finished]
     left_out = [method for method in config.methods if method not in chosen and method not in baseless]
     notes = [
-        "Intervals: 95 %, Student's t over training seeds, but those of gains over the base and of 'minus' columns: these are over prompts, all seeds "
-        "pooled, and do not cover new seeds.",
-        "Runs stop where a step as dear as their dearest would exceed the budget. A row that is differentiated counts as three evaluations; decoding "
-        "and scoring images count nothing but in seconds.",
+        "Intervals: 95 %, Student's t over training seeds; but those of gains over the base, and the first ones of 'minus' columns, are over prompts, all "
+        "seeds pooled, and do not cover new seeds.",
+        "Runs stop where a step as dear as their dearest would exceed the budget. A row that is differentiated counts as three evaluations, in FLOPs as its "
+        "own backward pass has them; decoding and scoring images count nothing but in seconds.",
         "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
         *(
             ["The price of a score leaves the search out; a score is reached where a run stays at it to the end."]
@@ -82,6 +83,7 @@ def write_benchmark(
         "hardware": hardware(),
         "tables": [{"title": table.title, "columns": list(table.columns), "rows": [list(row) for row in table.rows]} for table in tables],
         "notes": notes,
+        "missing": [*missing, *left_out, *baseless],
         "runs": [result for _, result in results],
     }
     write_atomically(config.output / "results.json", json.dumps(written, indent=2) + "\n")
@@ -175,7 +177,8 @@ def _drift(config: BenchmarkConfig, by_method: Runs) -> Table:
     rows = []
     for method, runs in by_method.items():
         last = [result["milestones"][-1] for _, result in runs]
-        rows.append([method, *(_over_seeds([milestone[key] for milestone in last], "{:.4f}") if last else "" for key in measured)])
+        cells = (_over_seeds([_SCALE.get(key, 1) * milestone[key] for milestone in last], "{:.4f}") if last else "" for key in measured)
+        rows.append([method, *cells])
     return Table(title="What it cost: distance to the base", columns=("method", *(_DRIFT[key] for key in measured)), rows=rows)
 
 
@@ -248,7 +251,8 @@ def _average(runs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:
 
 def _search(config: BenchmarkConfig, trials: Sequence[Cell], chosen: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
-    for cell, point in zip(trials, [point for method in config.methods for point in config.search.points()], strict=True):
+    tried = {method: iter(config.search.points()) for method in config.methods}  # of methods that lost their base there are no trials
+    for cell, point in ((cell, next(tried[cell.method])) for cell in trials):
         result = read_result(config, cell)
         words = ", ".join(f"{key} {value}" for key, value in point.items())
         reward = "not finished" if result is None else "failed" if result.get("failed") else f"{result['reward']:.4f}"
@@ -320,7 +324,13 @@ def _versus(config: BenchmarkConfig, reference: Sequence[tuple[Cell, Any]], runs
     if not pairs:
         return ""
     found = compare_runs(pairs, measure=config.suite.headline)
-    return f"{found.overall}, p = {found.p_value:.3f}; over seeds {_added(config, reference, runs)}"
+    return f"{found.overall}, p = {found.p_value:.3f}; over seeds {_over_seeds(_apart(config, pairs))}"
+
+
+def _apart(config: BenchmarkConfig, pairs: Sequence[tuple[Evaluation, Evaluation]]) -> list[float]:
+    """Return the second's score minus the first's, pair by pair."""
+    scores = [[found.scores(config.suite.headline).overall.mean for found in pair] for pair in pairs]
+    return [mine - theirs for theirs, mine in scores]
 
 
 def _added(config: BenchmarkConfig, before: Sequence[tuple[Cell, Any]], runs: Sequence[tuple[Cell, Any]]) -> str:

@@ -108,6 +108,12 @@ class SuiteConfig:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         given_options(self.name, self.options(), "suite.")
+        least = 3 if self.name == "shapes" else 2
+        if self.images_per_prompt < 2 or self.num_prompts < least:
+            raise ConfigError(
+                f"suite: got num_prompts {self.num_prompts} and images_per_prompt {self.images_per_prompt}, needed at least {least} and 2: diversity within a "
+                "prompt and the distance to other images are a part of every comparison"
+            )
         if self.name == "prompts" and self.measure is None:
             raise ConfigError("suite.measure: is needed by suite prompts: the name of the reward that methods are compared by")
 

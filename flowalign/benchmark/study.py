@@ -81,8 +81,17 @@ def _study(config: BenchmarkConfig, *, jobs: int, threads: int) -> Path:
     chosen = {method: point for method, point in best.items() if point is not None}
     # Seeds outermost: a study that is stopped early has all methods on some seeds.
     finals = [config.final(method, point, seed) for seed in config.seeds for method, point in chosen.items()]
-    _run(finals, config, jobs=jobs, threads=threads, title="runs")
-    return write_benchmark(config, trials, finals, chosen, baseless)
+    try:
+        _run(finals, config, jobs=jobs, threads=threads, title="runs")
+    finally:
+        path = write_benchmark(config, trials, finals, chosen, baseless)
+    return path
+
+
+def missing(report: Path) -> list[str]:
+    """Name the runs that a report lacks."""
+    found: list[str] = json.loads((report.parent / "results.json").read_text(encoding="utf-8"))["missing"]
+    return found
 
 
 def _reference(config: BenchmarkConfig, method: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from flowalign.commands import Add, positive
@@ -85,9 +86,10 @@ def add_benchmark(add: Add) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from flowalign.benchmark.study import benchmark
+    from flowalign.benchmark.study import benchmark, missing
 
-    benchmark(options.config, options.fields, jobs=options.jobs, threads=options.threads)
+    if missing(benchmark(options.config, options.fields, jobs=options.jobs, threads=options.threads)):
+        sys.exit(1)  # the report has told which
 
 
 def add_shapes(add: Add) -> None:

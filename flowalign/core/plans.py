@@ -123,6 +123,8 @@ def fork(
         (54, 279, 9)
     """
     chosen = range(num_steps - 1) if steps is None else steps
+    if steps is None and not chosen:
+        raise ValueError(f"fork: got {num_steps} steps, needed at least 2: forks are at every step but the last")
     if not chosen or min(chosen) < 0 or max(chosen) >= num_steps:
         raise ValueError(f"fork: got steps {list(chosen)} for {num_steps} steps, needed at least one of 0 to {num_steps - 1}")
     _check_last(kernel, max(chosen), num_steps, "fork")

@@ -26,6 +26,7 @@ KernelName: TypeAlias = Literal["flow_sde", "dance_sde", "ddim", "cps"]
 PlanOf: TypeAlias = Callable[[int, int, int], Plan]
 """From training step, number of steps and the run's seed to a plan."""
 
+_KERNELS: Mapping[str, Callable[[float], Kernel]] = {"flow_sde": FlowSDE, "dance_sde": DanceSDE, "ddim": DDIM, "cps": CPS}
 USUAL_NOISE: Mapping[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "ddim": 1.0, "cps": 0.8}
 
 
@@ -64,8 +65,7 @@ class PolicyConfig:
     def built_kernel(self) -> Kernel:
         """Make the kernel."""
         level = USUAL_NOISE[self.kernel] if self.noise_level is None else self.noise_level
-        kernels: dict[str, Kernel] = {"flow_sde": FlowSDE(level), "dance_sde": DanceSDE(level), "ddim": DDIM(level), "cps": CPS(level)}
-        return kernels[self.kernel]
+        return _KERNELS[self.kernel](level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ def rehearse(
     Raises:
         ValueError: What the algorithm says of its own settings; or if it compares whole groups, which several processes share.
     """
+    for decay in algorithm.roles.values():
+        decay(0)
     plan = algorithm.plan(0, len(sigmas) - 1, 0)
     num = groups * group_size
     zeros = torch.zeros(num, 1)

@@ -1,6 +1,7 @@
 """The losses that training calls, against formulas written out here: signs, units, clips, and which row gets which advantage."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,6 +224,25 @@ def test_an_advantage_for_each_step_reaches_its_step():
     assert rows["advantage"].tolist() == pytest.approx(
         [float(table[s, int((level == SIGMAS).nonzero())]) for s, level in zip(rows.sample.tolist(), rows["sigma"], strict=True)]
     )
+
+
+def test_the_estimators_weight_of_an_image_and_step_scales_its_advantage():
+    built, done = flow_config(), sampled("flow_sde")
+    weight = 0.5 + torch.arange(18.0).view(6, 3)
+    given = Experience(
+        trajectory=done, advantage=torch.ones(6, 3), weight=weight, keep=KEPT, prompt=GROUP, group=GROUP, sample=torch.arange(6) % 3
+    )
+    rows = built.rows(given, Update(seed=0, step=0, index=0))
+    plain = built.rows(replace(given, weight=torch.ones(6, 3)), Update(seed=0, step=0, index=0))
+    expected = [float(weight[s, int((level == SIGMAS).nonzero())]) for s, level in zip(rows.sample.tolist(), rows["sigma"], strict=True)]
+    assert (rows["advantage"] / plain["advantage"]).tolist() == pytest.approx(expected)
+
+
+def test_noise_levels_are_judged_by_the_chosen_kernel_alone():
+    assert flow_grpo.Config(kernel="flow_sde", noise_level=2**0.5).build().kernel == FlowSDE(2**0.5)  # the memoryless one
+    assert flow_grpo.Config(kernel="dance_sde", noise_level=1.5).build().kernel == DanceSDE(1.5)
+    with pytest.raises(ValueError, match=r"CPS.noise_level: got 1.5"):
+        flow_grpo.Config(kernel="cps", noise_level=1.5).build()
 
 
 @pytest.mark.parametrize("kernel", ["ddim", "cps"])

@@ -185,6 +185,18 @@ def test_dgpo_leaves_an_image_alone_that_has_gone_far_enough_since_the_rollout()
     assert 0 < int(beyond.sum()) < len(beyond)
 
 
+@pytest.mark.parametrize(("against", "told"), [("reference", {"reference"}), ("ema", {"ema"})])
+def test_dgpos_preference_is_against_what_it_is_told(against, told):
+    built, net = dgpo.Config(num_levels=2, against=against, reference_penalty=0.0).build(), network()
+    assert set(built.roles) == told
+    rows = built.rows(experience(), FIRST)
+    share = {"reference": 0.1, "ema": 0.3}
+    found = built.loss("current", rows, lambda x, s, i, role: net(x) if role == "current" else share[role] * x).metrics["preference"]
+    x, target = interpolate(rows["x0"], rows["noise"], rows["sigma"]), rows["noise"] - rows["x0"]
+    errors = [(said - target).square().flatten(1).mean(1) for said in (share[next(iter(told))] * x, net(x))]
+    assert torch.allclose(found, rows["advantage"] * (errors[0] - errors[1]), rtol=1e-10)
+
+
 def test_ddpo_is_matching_towards_a_noisy_target_row_by_row():
     """For DDIM with eta 1: -(x_u - mu)^2 / (2 rho^2) = -lam (score - target)^2, exactly, for any states and velocities."""
     t, u = 0.5, 0.4

@@ -14,6 +14,7 @@ from flowalign.benchmark.meter import Meter
 from flowalign.benchmark.report import price
 from flowalign.benchmark.spec import load_benchmark
 from flowalign.benchmark.store import folder_of, read_result
+from flowalign.cli import main
 from flowalign.config import ConfigError
 from flowalign.evaluate.records import read_evaluation
 from tests.pipelines import tiny
@@ -102,6 +103,9 @@ def in_process(monkeypatch):
         ({"search": {"grid": {"train.learning_rate": [1e-3, -1.0]}}}, "methods.awm: .*learning_rate: got -1"),
         ({"sede": [1]}, "did you mean 'seeds'"),
         ({"suite": {"name": "shpes"}}, "suite: got 'shpes', did you mean 'shapes'"),
+        ({"suite": {"images_per_prompt": 1}}, "got num_prompts 120 and images_per_prompt 1, needed at least 3 and 2: diversity"),
+        ({"suite": {"num_prompts": 2}}, "got num_prompts 2 and images_per_prompt 2, needed at least 3 and 2"),
+        ({"methods": {"nft": {"algorithm": {"type": "diffusion_nft", "old_max": 2}}}}, "methods.nft: .*2"),
         ({"suite": {"detector": "x"}}, "suite.detector: is an option of suite geneval, not of 'shapes'"),
         ({"suite": {"name": "prompts", "prompts": "p.txt"}}, "suite.reward: is needed by suite prompts"),
         ({"suite": {"name": "prompts", "prompts": "p.txt", "reward": ["jpeg_size"]}}, "suite.measure: is needed by suite prompts"),
@@ -139,7 +143,7 @@ def test_a_cell_is_known_by_what_is_meant_and_not_by_how_it_is_written(write, tm
 
 
 def flops_of_a_row(config, method):
-    """Of the denoiser's linear layers and attention on one row, by hooks of our own."""
+    """Of the denoiser's matrix products on one row: those of a pass without gradient, and of one with its backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from flowalign.run_config import load_config
@@ -147,9 +151,12 @@ def flops_of_a_row(config, method):
     cell = config.final(method, {}, 0)
     pipeline = load_config(cell.base, cell.arguments(Path("run"))).pipeline.build()
     cond = pipeline.encode(["a", "b", "c"])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pipeline.velocity(torch.zeros(3, *pipeline.event_shape), torch.tensor(0.5), cond)
-    return counter.get_total_flops() / 3
+    x, sigma = torch.zeros(3, *pipeline.event_shape), torch.tensor(0.5)
+    with FlopCounterMode(display=False) as plain, torch.no_grad():
+        pipeline.velocity(x, sigma, cond)
+    with FlopCounterMode(display=False) as both:
+        pipeline.velocity(x, sigma, cond).sum().backward()
+    return plain.get_total_flops() / 3, both.get_total_flops() / 3
 
 
 def test_what_runs_spend_is_what_the_formulas_say_and_never_more_than_the_budget(write, in_process):
@@ -165,19 +172,21 @@ def test_what_runs_spend_is_what_the_formulas_say_and_never_more_than_the_budget
         spent, num = result["spent"], result["steps"]
         assert (spent["rows_sampled"], spent["rows_trained"]) == (num * sampled, num * trained)
         assert spent["evaluations"] == num * (sampled + 3 * trained) <= 400 < (num + 1) * (sampled + 3 * trained)
-        assert spent["flops"] == pytest.approx(spent["evaluations"] * flops_of_a_row(config, method), rel=1e-6)
+        plain, both = flops_of_a_row(config, method)
+        assert plain < both < 3 * plain  # adapters need no gradient of frozen weights
+        assert spent["flops"] == pytest.approx(spent["rows_sampled"] * plain + spent["rows_trained"] * both, rel=1e-6)
         assert [milestone["step"] for milestone in result["milestones"]][-1] == num
         assert set(result["milestones"][-1]) >= {"score", "scores", "velocity_distance", "diversity", "kernel_distance"}
 
 
-def test_flops_of_a_row_are_those_of_its_matrix_products(model):
+def test_a_meter_counts_rows_by_whether_they_carry_a_gradient_and_nothing_in_a_pause():
     from torch import nn
 
     network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     wrapped = nn.Module()
     wrapped.network = network
     wrapped.forward = lambda x: (network(x),)
-    meter = Meter(network=wrapped)
+    meter = Meter(network=wrapped, forward=10.0, backward=15.0)
     x = torch.zeros(5, 8)
     with meter.attached():
         wrapped(x)
@@ -187,8 +196,8 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(model):
             wrapped(x)
     wrapped(x)
     assert (meter.trained, meter.sampled) == (5, 2)
-    assert meter.flops_per_row == 2 * (8 * 16 + 16 * 4)
-    assert meter.flops == (3 * 5 + 2) * meter.flops_per_row
+    assert meter.evaluations == 3 * 5 + 2
+    assert meter.flops == 7 * 10 + 5 * 15
 
 
 def test_a_benchmark_searches_reports_and_goes_on_where_it_was_stopped(write, in_process, capsys):
@@ -242,6 +251,10 @@ def test_a_crashed_cell_loses_no_other_and_is_tried_again(write, in_process, mon
     study.benchmark(str(path))
     shown = capsys.readouterr().out
     assert "Not finished: awm, seed 0" in shown
+    assert study.missing(config.output / "report.html") == ["awm, seed 0"]
+    with pytest.raises(SystemExit) as left:
+        main(["benchmark", str(path)])
+    assert left.value.code == 1
     assert read_result(config, config.final("flow_grpo", {}, 0)) is not None
     monkeypatch.setattr(study.subprocess, "Popen", kept)
     study.benchmark(str(path))
@@ -421,7 +434,8 @@ def test_a_run_whose_images_are_not_finite_counts_and_has_no_price(write, in_pro
 
 
 def test_a_base_that_cannot_be_scored_costs_its_own_methods_alone(write, in_process, monkeypatch):
-    path = write(methods={"awm": {}, "guided": {"pipeline.guidance_scale": 4.0}})
+    search = {"grid": {"train.learning_rate": [1e-4, 1e-3]}, "share": 0.5}
+    path = write(methods={"guided": {"pipeline.guidance_scale": 4.0}, "awm": {}}, search=search, reference="awm", seeds=[0])
     config = load_benchmark(path, [])
     lost, honest = config.final("guided", {}, 0).reference, run_cell
 
@@ -434,7 +448,8 @@ def test_a_base_that_cannot_be_scored_costs_its_own_methods_alone(write, in_proc
     study.benchmark(str(path))
     text = (config.output / "results.md").read_text()
     assert "Not run: guided, whose base could not be scored: no such luck" in text
-    assert read_result(config, config.final("awm", {}, 1)) is not None
+    assert text.count("| awm | train.learning_rate") == 2
+    assert any(read_result(config, config.final("awm", point, 0)) for point in config.search.points())
     assert not folder_of(config, config.final("guided", {}, 0)).exists()
 
 
@@ -450,6 +465,37 @@ def test_equal_trials_are_no_choice_and_are_said_to_be_none(write, in_process, c
     path = write(seeds=[0], budget={"evaluations": 100}, search={"grid": grid, "share": 1.0})
     study.benchmark(str(path))
     assert capsys.readouterr().out.count("the first of equals: no choice") == 2
+
+
+def test_a_study_that_is_stopped_reports_what_has_finished(write, in_process, monkeypatch):
+    path = write()
+    config = load_benchmark(path, [])
+    last, honest = str(folder_of(config, config.final("flow_grpo", {}, 1))), study.subprocess.Popen
+
+    def stop(command, **rest):
+        if command[3] == last:
+            raise KeyboardInterrupt
+        return honest(command, **rest)
+
+    monkeypatch.setattr(study.subprocess, "Popen", stop)
+    with pytest.raises(KeyboardInterrupt):
+        study.benchmark(str(path))
+    assert study.missing(config.output / "report.html") == ["flow_grpo, seed 1"]
+    assert "Not finished: flow_grpo, seed 1" in (config.output / "report.html").read_text()
+
+
+def test_methods_of_different_bases_are_compared_by_one_quantity(write, in_process):
+    methods = {"awm": {}, "guided": {"pipeline.guidance_scale": 4.0}}
+    suite = {"num_prompts": 6, "images_per_prompt": 2, "reward": ["jpeg_size"], "measure": "jpeg_size"}
+    path = write(methods=methods, suite=suite)
+    study.benchmark(str(path))
+    config = load_benchmark(path, [])
+    ends = {name: [read_result(config, config.final(name, {}, seed))["milestones"][-1]["score"] for seed in (0, 1)] for name in methods}
+    expected = sum(ends["guided"]) / 2 - sum(ends["awm"]) / 2
+    cell = next(line for line in (config.output / "results.md").read_text().splitlines() if line.startswith("| guided | 2 |")).split("|")[5]
+    over_prompts, over_seeds = (float(text.split()[0]) for text in cell.split("over seeds"))
+    assert over_prompts == pytest.approx(expected, abs=6e-4)
+    assert over_seeds == pytest.approx(expected, abs=6e-4)
 
 
 def test_two_studies_in_one_folder_are_refused(write, in_process):

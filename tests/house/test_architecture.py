@@ -116,3 +116,11 @@ def test_configurations_are_short_and_decode():
     for path in files:
         assert len(path.read_text().splitlines()) <= 45, path
         load_benchmark(path, []) if path.stem.startswith("benchmark_") else load_config(str(path))
+
+
+def test_the_table_of_algorithms_has_each_files_length_and_most_are_short():
+    table = (ROOT / "docs" / "algorithms.md").read_text()
+    told = {name: int(lines) for name, lines in re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", table, re.MULTILINE)}
+    files = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "flowalign" / "algorithms").glob("*.py")}
+    assert told == {name: files[name] for name in files if name not in ("__init__", "f_distill", "dmd2")}
+    assert sum(length <= 60 for length in told.values()) > len(told) / 2
