@@ -53,7 +53,17 @@ class PlainReward:
         names = list(dict.fromkeys(key for record in metadata for key in record))
         columns = {name: [record.get(name) for record in metadata] for name in names}
         offered = {**columns, "metadata": list(metadata), "prompts": prompts, "images": images}
-        parameters = inspect.signature(self.function).parameters.values()
+        every = inspect.signature(self.function).parameters.values()
+        parameters = [entry for entry in every if entry.kind not in (entry.POSITIONAL_ONLY, entry.VAR_POSITIONAL)]
+        unnamed = [
+            entry for entry in every if entry not in parameters and (entry.kind is entry.VAR_POSITIONAL or entry.default is entry.empty)
+        ]
+        # *names beside named parameters stays empty, as in any call by name.
+        if any(entry.kind is entry.POSITIONAL_ONLY for entry in unnamed) or (unnamed and not parameters):
+            raise ValueError(
+                f"reward function {self.name!r}: takes {', '.join(map(str, unnamed))} by position only, but arguments are given by name; "
+                "needed parameters such as prompts and images, without '/' behind them"
+            )
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             named = {parameter.name for parameter in parameters}
             return {name: value for name, value in offered.items() if name != "metadata" or name in named}
