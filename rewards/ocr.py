@@ -22,8 +22,8 @@ class Config:
     """Compares what is read, case and spaces aside, with a wanted text: the record's ``target_text``, else what the prompt quotes first.
 
     Attributes:
-        engine: "rapidocr" (offline, PP-OCRv6 small: Latin, Greek, Chinese and Japanese; wanted texts in letters that it does not know are refused) or "tesseract" (the program must be installed). Published numbers were
-            read by PaddleOCR 2.9.1; another engine needs a base row of its own.
+        engine: "rapidocr" (offline, PP-OCRv6 small: Latin, Greek, Chinese and Japanese; a wanted text in other letters is refused) or "tesseract"
+            (the program must be installed). Published numbers were read by PaddleOCR 2.9.1; another engine needs a base row of its own.
         form: "edit", ``1 - edits / longer length``; "flow_grpo", ``1 - min(edits, n) / n`` with n letters wanted, and 1 wherever the wanted
             text stands inside what is read, so that any further text is free; "exact", 1 or 0.
         side: RapidOCR looks for text at this many pixels of the longer side; its own default enlarges small images, 30 times slower and worse.
@@ -176,13 +176,12 @@ class _RapidOCR:
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
         )
-        self.engine(
-            np.zeros((48, 48, 3), np.uint8), use_det=False
-        )  # the network that reads, with its table, is only loaded when it is needed
+        # The network that reads is loaded when it is needed first, and with it the table of what it knows.
+        self.engine(np.zeros((48, 48, 3), np.uint8), use_det=False)
         self.table = frozenset(letter for entry in self.engine.text_rec.postprocess_op.character for letter in normal(entry))
 
     def unknown(self, text: str) -> list[str]:
-        # Letters, marks and digits; of punctuation a text without it is still worth most of its score.
+        # Letters, marks and digits; punctuation that is never read costs little of a score.
         return [letter for letter in dict.fromkeys(text) if unicodedata.category(letter)[0] in "LMN" and letter not in self.table]
 
     def read(self, array: np.ndarray) -> list[str]:

@@ -55,11 +55,10 @@ class PlainReward:
         offered = {**columns, "metadata": list(metadata), "prompts": prompts, "images": images}
         every = inspect.signature(self.function).parameters.values()
         parameters = [entry for entry in every if entry.kind not in (entry.POSITIONAL_ONLY, entry.VAR_POSITIONAL)]
-        unnamed = [
-            entry for entry in every if entry not in parameters and (entry.kind is entry.VAR_POSITIONAL or entry.default is entry.empty)
-        ]
-        # *names beside named parameters stays empty, as in any call by name.
-        if any(entry.kind is entry.POSITIONAL_ONLY for entry in unnamed) or (unnamed and not parameters):
+        unnamed = [entry for entry in every if entry.kind is entry.POSITIONAL_ONLY and entry.default is entry.empty]
+        if not parameters:  # beside named parameters, *names stays empty, as in any call by name
+            unnamed += [entry for entry in every if entry.kind is entry.VAR_POSITIONAL]
+        if unnamed:
             raise ValueError(
                 f"reward function {self.name!r}: takes {', '.join(map(str, unnamed))} by position only, but arguments are given by name; "
                 "needed parameters such as prompts and images, without '/' behind them"
