@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import hmac
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from flowalign.serve_queue import Batcher, Counts, DeadlinePassed, QueueFull, Re
 from flowalign.suite_options import named_rewards
 from flowalign.train.scoring import NamedReward
 
+ENDED = "the server scores no more; its log may say why, and it must be started again"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _log = logging.getLogger("flowalign.serve")
 
@@ -48,13 +51,15 @@ class ServeConfig:
     max_connections: int = 512
 
     def __post_init__(self) -> None:
-        """Refuse to be reachable by others without a token."""
+        """Refuse to be reachable by others without a token, and numbers out of their range."""
         if self.token is None and self.host not in _LOOPBACK:
             raise ConfigError(f"host: {self.host} can be reached from elsewhere; set a token (--token-variable), or listen on 127.0.0.1")
         if self.token is not None and len(self.token) < 16:
             raise ConfigError("token: needed at least 16 characters")
         if min(self.max_batch, self.max_queue, self.max_queue_bytes) < 1 or self.max_wait_ms < 0:
             raise ConfigError("max_batch, max_queue and max_queue_bytes: needed at least 1, and max_wait_ms of at least 0")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port: got {self.port}, needed 0 to 65535 (0 for any free one)")
 
 
 def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
@@ -75,10 +80,12 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
         failed=lambda error: _log.error("a reward failed", exc_info=error),
     )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         task = asyncio.create_task(batcher.run())
+        task.add_done_callback(_tell_end)
         yield
+        task.remove_done_callback(_tell_end)
         task.cancel()
 
     served = fastapi.FastAPI(title="flowalign rewards", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -90,6 +97,8 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     async def score(request: Any) -> Any:
         if not _allowed(request.headers.get("authorization"), config.token):
             return answer(401, {"error": "needs the header 'Authorization: Bearer TOKEN'"}, **{"www-authenticate": "Bearer"})
+        if batcher.has_ended:
+            return answer(503, {"error": ENDED})
         status, content = await _score(request, batcher, config)
         return answer(status, content, **({"retry-after": "1"} if status == 503 else {}))
 
@@ -100,9 +109,13 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
         return responses.JSONResponse({"protocol": wire.PROTOCOL, **served, "limits": asdict(config.limits)})
 
     async def alive(request: Any) -> Any:
+        if batcher.has_ended:
+            return responses.JSONResponse({"status": ENDED}, status_code=503)
         return responses.JSONResponse({"status": "alive"})
 
     async def ready(request: Any) -> Any:
+        if batcher.has_ended:
+            return responses.JSONResponse({"status": ENDED}, status_code=503)
         return responses.JSONResponse({"status": "full" if batcher.is_full else "ready"}, status_code=503 if batcher.is_full else 200)
 
     async def metrics(request: Any) -> Any:
@@ -120,6 +133,10 @@ def app(rewards: Sequence[NamedReward], config: ServeConfig) -> Any:
     return served
 
 
+def _tell_end(task: asyncio.Task[None]) -> None:
+    _log.error(ENDED, exc_info=None if task.cancelled() else task.exception())
+
+
 def _allowed(header: str | None, token: str | None) -> bool:
     return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 
@@ -135,7 +152,7 @@ async def _score(request: Any, batcher: Batcher, config: ServeConfig) -> tuple[i
         unknown = next((name for name in asked.rewards if name not in batcher.rewards), None)
         if unknown is not None:
             raise wire.Malformed(f"rewards: {unknown!r} is not served; there are {', '.join(batcher.rewards)}")
-        reply = await batcher.submit(asked)
+        reply = await batcher.submit(asked, hashlib.blake2b(body).digest())
     except _TooLarge:
         return 413, {"error": f"needs a body of at most {config.limits.max_bytes} bytes"}
     except TooMuch as error:
@@ -149,7 +166,8 @@ async def _score(request: Any, batcher: Batcher, config: ServeConfig) -> tuple[i
     except RewardFailed as error:
         return 500, {"error": str(error)}
     except ValueError as error:
-        return 422, {"error": str(error)[:500]}
+        # A message may quote what was sent, even halves of characters, which no answer can hold.
+        return 422, {"error": str(error)[:500].encode(errors="replace").decode()}
     return 200, asdict(reply)
 
 
@@ -188,21 +206,39 @@ def serve(types: Sequence[str], config: ServeConfig) -> None:
 
     Raises:
         ImportError: If fastapi or uvicorn is missing, with the command that installs them.
+        ConfigError: If the address cannot be listened on.
     """
     uvicorn = require("uvicorn", "serve")
     require("fastapi", "serve")
-    rewards = named_rewards(types, "serve-reward")
-    print(f"serving {', '.join(entry.name for entry in rewards)} on http://{config.host}:{config.port} (Ctrl-C stops)", flush=True)
-    uvicorn.run(
-        app(rewards, config),
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        access_log=False,
-        limit_concurrency=config.max_connections,
-        timeout_keep_alive=30,
-        server_header=False,
-    )
+    with _bound(config.host, config.port) as listener:  # before the rewards are loaded, which may take minutes
+        rewards = named_rewards(types, "serve-reward")
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app(rewards, config),
+                log_level="warning",
+                access_log=False,
+                limit_concurrency=config.max_connections,
+                timeout_keep_alive=30,
+                server_header=False,
+            )
+        )
+        listener.listen(config.max_connections)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        names = ", ".join(entry.name for entry in rewards)
+        print(f"serving {names} on http://{host}:{listener.getsockname()[1]} (Ctrl-C stops)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"host, port: cannot listen on {host} port {port} ({error}); take another port, or 0 for any free one") from error
+    return listener
 
 
 def token_of(variable: str) -> str | None:

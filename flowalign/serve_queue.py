@@ -35,12 +35,20 @@ class RewardFailed(Exception):
 
 
 @dataclass(kw_only=True)
+class _Asked:
+    """What is remembered of a request: its body's digest, its reply, and how many wait for that."""
+
+    digest: bytes
+    done: asyncio.Future[Reply]
+    num_waiting: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
 class _Job:
     request: Request
     names: tuple[str, ...]
-    end: float
     arrived: float
-    done: asyncio.Future[Reply]
+    asked: _Asked
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -72,6 +80,9 @@ class Batcher:
         max_queue: Images that may wait.
         max_queue_bytes: Bytes of images that may wait.
         remember: Finished requests whose replies are kept for repetitions.
+        counts: For ``/metrics``.
+        failed: Is told of what a reward raises.
+        has_ended: Whether :meth:`run` has: nothing will be scored any more.
     """
 
     rewards: Mapping[str, NamedReward]
@@ -82,28 +93,49 @@ class Batcher:
     remember: int = 256
     counts: Counts = field(default_factory=Counts)
     failed: Callable[[BaseException], None] = lambda error: None
+    has_ended: bool = False
 
     def __post_init__(self) -> None:
         """Make the empty queue."""
         self._waiting: deque[_Job] = deque()
         self._arrived = asyncio.Event()
-        self._known: OrderedDict[str, asyncio.Future[Reply]] = OrderedDict()
+        self._known: OrderedDict[str, _Asked] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
 
-    async def submit(self, request: Request) -> Reply:
-        """Queue a request and wait for its scores.
+    async def submit(self, request: Request, digest: bytes) -> Reply:
+        """Queue a request and wait for its scores; a repeated one waits for those of the first, by a deadline of its own.
+
+        Args:
+            request: What is asked.
+            digest: Of its body, by which a repetition is told from another request of the same id.
 
         Raises:
             TooMuch: If it would not fit into the empty queue either.
             QueueFull: If it does not fit into the queue now.
             DeadlinePassed: If its time is over before it is scored.
-            ValueError: If a reward refuses the images, prompts or records.
+            ValueError: If another request came under its id, or a reward refuses the images, prompts or records.
             RewardFailed: If a reward breaks.
         """
-        known = self._known.get(request.request_id)
-        if known is not None:
+        asked = self._known.get(request.request_id)
+        if asked is None:
+            asked = self._queue(request, digest)
+        elif asked.digest != digest:
+            raise ValueError(
+                f"request_id: another request came as {request.request_id!r}; needed one of its own, the same only for the same body"
+            )
+        else:
             self.counts.repeated += 1
-            return await asyncio.shield(known)
+        asked.num_waiting += 1
+        try:
+            return await asyncio.wait_for(asyncio.shield(asked.done), request.deadline_s)
+        except TimeoutError as error:
+            raise DeadlinePassed from error
+        finally:
+            asked.num_waiting -= 1
+            if not asked.num_waiting:
+                self._drop(asked)
+
+    def _queue(self, request: Request, digest: bytes) -> _Asked:
         num, size = len(request.images), request.images.nbytes
         if num > self.max_queue or size > self.max_queue_bytes:
             raise TooMuch(
@@ -111,61 +143,66 @@ class Batcher:
             )
         if self.counts.queued_images + num > self.max_queue or self.counts.queued_bytes + size > self.max_queue_bytes:
             raise QueueFull
-        now = time.monotonic()
-        job = _Job(
-            request=request,
-            names=tuple(request.rewards) or tuple(self.rewards),
-            end=now + request.deadline_s,
-            arrived=now,
-            done=asyncio.get_running_loop().create_future(),
-        )
-        self._known[request.request_id] = job.done
-        self._waiting.append(job)
+        asked = _Asked(digest=digest, done=asyncio.get_running_loop().create_future())
+        names = tuple(request.rewards) or tuple(self.rewards)
+        self._known[request.request_id] = asked
+        self._waiting.append(_Job(request=request, names=names, arrived=time.monotonic(), asked=asked))
         self.counts.queued_images += num
         self.counts.queued_bytes += size
         self._arrived.set()
-        try:
-            return await asyncio.wait_for(asyncio.shield(job.done), request.deadline_s)
-        except TimeoutError as error:
-            raise DeadlinePassed from error
-        finally:
-            self._forget(request.request_id)
+        return asked
+
+    def _drop(self, asked: _Asked) -> None:
+        """Free the place of a request for which nobody waits; once it is being scored its reply is kept, for a repetition."""
+        job = next((job for job in self._waiting if job.asked is asked), None)
+        if job is not None:
+            self._leave([job])
+            del self._known[job.request.request_id]
+
+    def _leave(self, jobs: Sequence[_Job]) -> None:
+        """Take jobs out of the queue."""
+        self._waiting = deque(job for job in self._waiting if job not in jobs)
+        self.counts.queued_images -= sum(len(job.request.images) for job in jobs)
+        self.counts.queued_bytes -= sum(job.request.images.nbytes for job in jobs)
 
     def _forget(self, request_id: str) -> None:
         """Keep replies of good requests for a while; what failed may be tried again."""
-        done = self._known.get(request_id)
-        if done is not None and done.done() and (done.cancelled() or done.exception() is not None):
+        if self._known[request_id].done.exception() is not None:  # looked at here: where all clients have left, nobody else does
             del self._known[request_id]
-        finished = [key for key, future in self._known.items() if future.done()]
+        finished = [key for key, asked in self._known.items() if asked.done.done()]
         for key in finished[: max(0, len(finished) - self.remember)]:
             del self._known[key]
 
     async def run(self) -> None:
         """Score batch after batch until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            first = self._waiting[0]
-            while time.monotonic() < first.arrived + self.max_wait_s and self._fitting(first) < self.max_batch:
-                await asyncio.sleep(self.max_wait_s / 5)
-            jobs = [job for job in self._take(first) if self._is_wanted(job)]
-            if not jobs:
-                continue
-            began = time.monotonic()
-            results = await loop.run_in_executor(self._thread, self._score_all, jobs)
-            self.counts.score_seconds += time.monotonic() - began
-            self.counts.batches += 1
-            for job, result in zip(jobs, results, strict=True):
-                self.counts.images += len(job.request.images)
-                if job.done.done():
-                    continue
-                if isinstance(result, Reply):
-                    job.done.set_result(result)
-                else:
-                    job.done.set_exception(result)
-                    job.done.exception()  # a client that has left must not make the loop complain
+        try:
+            while True:
+                await self._score_next()
+        finally:
+            self.has_ended = True
+
+    async def _score_next(self) -> None:
+        """Wait for requests and score a batch of them."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        first = self._waiting[0]
+        while time.monotonic() < first.arrived + self.max_wait_s and self._fitting(first) < self.max_batch:
+            await asyncio.sleep(self.max_wait_s / 5)
+        if first not in self._waiting:  # its client has left
+            return
+        jobs = self._take(first)
+        began = time.monotonic()
+        results = await asyncio.get_running_loop().run_in_executor(self._thread, self._score_all, jobs)
+        self.counts.score_seconds += time.monotonic() - began
+        self.counts.batches += 1
+        for job, result in zip(jobs, results, strict=True):
+            self.counts.images += len(job.request.images)
+            if isinstance(result, Reply):
+                job.asked.done.set_result(result)
+            else:
+                job.asked.done.set_exception(result)
+            self._forget(job.request.request_id)
 
     @property
     def is_full(self) -> bool:
@@ -183,20 +220,8 @@ class Batcher:
                 if job.key == first.key and size + len(job.request.images) <= self.max_batch:
                     taken.append(job)
                     size += len(job.request.images)
-        chosen = {id(job) for job in taken}
-        self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
-        self.counts.queued_images -= size
-        self.counts.queued_bytes -= sum(job.request.images.nbytes for job in taken)
+        self._leave(taken)
         return taken
-
-    def _is_wanted(self, job: _Job) -> bool:
-        if job.end > time.monotonic():
-            return True
-        if not job.done.done():
-            job.done.set_exception(DeadlinePassed())
-            job.done.exception()
-        self._known.pop(job.request.request_id, None)
-        return False
 
     def _score_all(self, jobs: Sequence[_Job]) -> list[Reply | Exception]:
         """Score jobs together; where that fails, one by one, so that none suffers from another's mistake."""

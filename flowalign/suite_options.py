@@ -43,8 +43,7 @@ def suite_options(name: str, num_prompts: int | None, options: Mapping[str, Any]
         from flowalign.rewards.geneval import Config
 
         split = {"split": given["split"]} if "split" in given else {}
-        if given.get("split") not in (None, "official", "train", "unseen", "all"):
-            raise ConfigError(f"--split: got {given['split']!r}, needed official, train, unseen or all")
+        _check_split(given.get("split", "official"))
         return {"judged_by": Config(**{key: given[key] for key in ("detector", "clip") if key in given}).build(), **split}
     return _of_prompts(given) if name == "prompts" else {}
 
@@ -129,8 +128,10 @@ def write_geneval_prompts(path: Path, split: str, *, num: int, seed: int) -> Pat
     """Write GenEval-style prompts as JSON lines; the command ``flowalign geneval prompts``.
 
     Raises:
-        ConfigError: If the file's name does not end in ``.jsonl``: readers go by it.
+        ConfigError: If there is no such split, or the file's name does not end in ``.jsonl``: readers go by it.
+        ValueError: If there are fewer prompts than asked for.
     """
+    _check_split(split)
     if path.suffix != ".jsonl":
         raise ConfigError(f"--output: got {path}, needed a name that ends in .jsonl (a record a line)")
     records = geneval_prompts.official() if split == "official" else geneval_prompts.generate(split, seed=seed, num=num)  # type: ignore[arg-type]
@@ -138,3 +139,8 @@ def write_geneval_prompts(path: Path, split: str, *, num: int, seed: int) -> Pat
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     print(f"written: {path}, {len(records)} prompts")
     return path
+
+
+def _check_split(split: Any) -> None:
+    if split not in ("official", "train", "unseen", "all"):
+        raise ConfigError(f"--split: got {split!r}, needed official, train, unseen or all")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flowalign.rewards import pixels, weights
+from flowalign.rewards import letters, pixels, weights
 
 
 def pooled(output: Any) -> Tensor:
@@ -28,10 +28,10 @@ def check_prompts(prompts: Sequence[str], where: str) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt of sample {row} is empty, so there is nothing to compare the image with")
-    foreign = [prompt for prompt in prompts if any(letter.isalpha() and ord(letter) > 0x24F for letter in prompt)]
-    if foreign:
+    other = next((prompt for prompt in prompts if letters.foreign(prompt)), None)
+    if other is not None:
         warnings.warn(
-            f"{where}: {foreign[0][:40]!r} is not in Latin script; this model was trained on English captions and its score says little",
+            f"{where}: {other[:40]!r} is not in Latin script; this model was trained on English captions and its score says little",
             stacklevel=2,
         )
 

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as transform
 from flowalign.rewards import pixels, weights
 
 SHORT, LONG, DIVISOR = 800, 1333, 32  # mmdet's test pipeline
+PADDING = 128  # of 255, below and to the right
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB
 NUM_CLASSES = 80
 TOP = 100  # (query, class) pairs of an image that mmdet looks at
@@ -97,17 +98,21 @@ def load(name: str, *, dtype: str, device: str | None, batch_size: int) -> Detec
 
 
 def prepare(images: Tensor, short: int = SHORT, long: int = LONG) -> tuple[Tensor, tuple[int, int]]:
-    """Scale, normalise and pad images as mmdet's test pipeline does.
+    """Scale, pad and normalise images as mmdet's test pipeline does.
 
     Returns:
         float32 ``[batch, 3, H, W]``, H and W multiples of 32, and the height and width that are not padding.
+
+    References:
+        mmdet 2's ``mask2former_r50_lsj_8x2_50e_coco.py``, which the Swin-S configuration inherits: grey 128 is padded before normalisation. Its panoptic
+        namesake, and Meta's own code when it tests, pad zeros after it; square images of GenEval need no padding at all.
     """
     height, width = images.shape[2:]
     scale = min(long / max(height, width), short / min(height, width))
     inner = (int(height * scale + 0.5), int(width * scale + 0.5))
     resized = transform.resize(pixels.to_bytes(images), list(inner), interpolation=InterpolationMode.BILINEAR, antialias=False)
-    normal = transform.normalize(resized.float() / 255, list(MEAN), list(STD))
-    return functional.pad(normal, (0, -inner[1] % DIVISOR, 0, -inner[0] % DIVISOR)), inner
+    padded = functional.pad(resized, (0, -inner[1] % DIVISOR, 0, -inner[0] % DIVISOR), value=PADDING)
+    return transform.normalize(padded.float() / 255, list(MEAN), list(STD)), inner
 
 
 def instances(

@@ -220,7 +220,10 @@ def check_record(record: Mapping[str, Any]) -> None:
     if len(include) > MAX_CLAUSES:
         raise ValueError(f"include: got {len(include)} clauses, needed at most {MAX_CLAUSES}")
     for part in ("include", "exclude"):
-        for number, clause in enumerate(record.get(part, [])):
+        clauses = record.get(part, [])
+        if not isinstance(clauses, list):
+            raise ValueError(f"{part}: got {clauses!r}, needed a list of clauses (leave it out where there are none)")
+        for number, clause in enumerate(clauses):
             _check_clause(f"{part}[{number}]", number, clause)
 
 
@@ -234,5 +237,11 @@ def _check_clause(where: str, number: int, clause: Any) -> None:
     if "color" in clause and clause["color"] not in COLORS:
         raise ValueError(f"{where}: color {clause['color']!r}, needed one of {', '.join(COLORS)}")
     place = clause.get("position")
-    if place is not None and not (len(place) == 2 and place[0] in RELATIONS and isinstance(place[1], int) and 0 <= place[1] < number):
+    if place is not None and not _is_place(place, number):
         raise ValueError(f"{where}: position {place!r}, needed [relation, number of an earlier clause], relations {', '.join(RELATIONS)}")
+
+
+def _is_place(place: Any, number: int) -> bool:
+    if not isinstance(place, list | tuple) or len(place) != 2:
+        return False
+    return place[0] in RELATIONS and isinstance(place[1], int) and 0 <= place[1] < number

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.plugins import require
-from flowalign.rewards import pixels
+from flowalign.rewards import letters, pixels
 
 Form = Literal["edit", "flow_grpo", "exact"]
 
@@ -22,8 +22,8 @@ class Config:
     """Compares what is read, case and spaces aside, with a wanted text: the record's ``target_text``, else what the prompt quotes first.
 
     Attributes:
-        engine: "rapidocr" (offline, PP-OCRv6 small, Latin and Chinese) or "tesseract" (the program must be installed). Published numbers were
-            read by PaddleOCR 2.9.1; another engine needs a base row of its own.
+        engine: "rapidocr" (offline, PP-OCRv6 small: Latin, Greek, Chinese and Japanese; a wanted text in other letters is refused) or "tesseract"
+            (the program must be installed). Published numbers were read by PaddleOCR 2.9.1; another engine needs a base row of its own.
         form: "edit", ``1 - edits / longer length``; "flow_grpo", ``1 - min(edits, n) / n`` with n letters wanted, and 1 wherever the wanted
             text stands inside what is read, so that any further text is free; "exact", 1 or 0.
         side: RapidOCR looks for text at this many pixels of the longer side; its own default enlarges small images, 30 times slower and worse.
@@ -53,6 +53,13 @@ class Engine(Protocol):
     def read(self, array: np.ndarray) -> list[str]:
         """Return the lines of an RGB byte array ``[h, w, 3]``, from top to bottom and left to right."""
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the letters of a text that the engine never reads."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about them."""
+
 
 @dataclass(frozen=True)
 class OCR:
@@ -63,11 +70,11 @@ class OCR:
     scores_alone: ClassVar[bool] = True
 
     def check(self, record: dict[str, Any]) -> None:
-        """Refuse a prompt's record that wants no text, before anything is sampled."""
-        wanted = normal(target_of(record.get("prompt", ""), record))
-        foreign = next((letter for letter in wanted if letter.isalpha() and ord(letter) > 0x24F), None)
-        if self.config.engine == "tesseract" and self.config.language == "eng" and foreign is not None:
-            raise ValueError(f"the wanted text holds {foreign!r}, which Tesseract does not read in language 'eng'; set language")
+        """Refuse a prompt's record that wants no text, or one that the engine cannot read, before anything is sampled."""
+        wanted = target_of(record.get("prompt", ""), record)
+        unknown = self.engine.unknown(normal(wanted))
+        if unknown:
+            raise ValueError(f"the wanted text {wanted!r} holds {', '.join(map(repr, unknown))}, which {self.engine.remedy}")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images ``[batch, 3, h, w]`` in [0, 1].
@@ -155,6 +162,8 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 
 class _RapidOCR:
+    remedy = "RapidOCR's model does not know; take engine: tesseract with a language that has them"
+
     def __init__(self, config: Config) -> None:
         require("onnxruntime", "ocr")
         self.engine = require("rapidocr", "ocr").RapidOCR(
@@ -167,15 +176,24 @@ class _RapidOCR:
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
         )
+        # The network that reads is loaded when it is needed first, and with it the table of what it knows.
+        self.engine(np.zeros((48, 48, 3), np.uint8), use_det=False)
+        self.table = frozenset(letter for entry in self.engine.text_rec.postprocess_op.character for letter in normal(entry))
+
+    def unknown(self, text: str) -> list[str]:
+        # Letters, marks and digits; punctuation that is never read costs little of a score.
+        return [letter for letter in dict.fromkeys(text) if unicodedata.category(letter)[0] in "LMN" and letter not in self.table]
 
     def read(self, array: np.ndarray) -> list[str]:
-        found = self.engine(np.ascontiguousarray(array[:, :, ::-1]))  # it takes arrays as BGR
+        found = self.engine(np.ascontiguousarray(array[:, :, ::-1]), use_det=True)  # it takes arrays as BGR
         if found.txts is None:
             return []
         return [found.txts[index] for index in reading_order(np.asarray(found.boxes, dtype=np.float64))]
 
 
 class _Tesseract:
+    remedy = "Tesseract does not read in language 'eng'; set language"
+
     def __init__(self, config: Config) -> None:
         self.tesseract = require("pytesseract", "tesseract")
         try:
@@ -187,6 +205,9 @@ class _Tesseract:
                 f"ocr: tesseract lacks the language {config.language!r}; run: apt install tesseract-ocr-{config.language}"
             )
         self.language, self.options = config.language, f"--psm {11 if config.sparse else 7}"
+
+    def unknown(self, text: str) -> list[str]:
+        return letters.foreign(text) if self.language == "eng" else []
 
     def read(self, array: np.ndarray) -> list[str]:
         text = self.tesseract.image_to_string(array, lang=self.language, config=self.options)

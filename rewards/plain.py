@@ -53,7 +53,16 @@ class PlainReward:
         names = list(dict.fromkeys(key for record in metadata for key in record))
         columns = {name: [record.get(name) for record in metadata] for name in names}
         offered = {**columns, "metadata": list(metadata), "prompts": prompts, "images": images}
-        parameters = inspect.signature(self.function).parameters.values()
+        every = inspect.signature(self.function).parameters.values()
+        parameters = [entry for entry in every if entry.kind not in (entry.POSITIONAL_ONLY, entry.VAR_POSITIONAL)]
+        unnamed = [entry for entry in every if entry.kind is entry.POSITIONAL_ONLY and entry.default is entry.empty]
+        if not parameters:  # beside named parameters, *names stays empty, as in any call by name
+            unnamed += [entry for entry in every if entry.kind is entry.VAR_POSITIONAL]
+        if unnamed:
+            raise ValueError(
+                f"reward function {self.name!r}: takes {', '.join(map(str, unnamed))} by position only, but arguments are given by name; "
+                "needed parameters such as prompts and images, without '/' behind them"
+            )
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             named = {parameter.name for parameter in parameters}
             return {name: value for name, value in offered.items() if name != "metadata" or name in named}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import math
 import os
 import re
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -26,6 +29,23 @@ RATING = (
     'Answer with JSON only: {"score": N}, where N is a number from {low} (bad) to {high} (perfect).'
 )
 YES_NO = "Does this image show the following? {prompt}\nAnswer yes or no."
+OPENAI_TOKEN = "OPENAI_API_KEY"
+
+
+def is_safe(url: str) -> bool:
+    """Tell whether nobody can read what is sent to an address on the way: it is encrypted, or never leaves this machine.
+
+    Examples:
+        >>> [is_safe(url) for url in ("https://api.openai.com/v1", "http://127.0.0.1:8000/v1", "http://[::1]/v1", "http://10.0.0.2/v1")]
+        [True, True, True, False]
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        is_here = False
+    return parts.scheme == "https" or is_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +67,8 @@ class Config:
         max_tokens: Of an answer.
         concurrency: Requests at a time.
         deadline_s: Of one answer, with all retries.
-        token_variable: Environment variable that holds the server's token.
+        token_variable: Environment variable that holds the server's token, which is sent to ``url`` whatever it is. Null for OPENAI_API_KEY, which many
+            have set for another server: it is sent over https and to this machine, never in the clear to others.
         max_invalid: Share of answers that may be unreadable.
         window: Answers over which that share is taken: the last so many, all as long as there are fewer, and at least those of the call at hand.
     """
@@ -63,7 +84,7 @@ class Config:
     max_tokens: int = 64
     concurrency: int = 8
     deadline_s: float = 120.0
-    token_variable: str = "OPENAI_API_KEY"
+    token_variable: str | None = None
     max_invalid: float = 0.2
     window: int = 200
 
@@ -78,8 +99,19 @@ class Config:
 
     def build(self) -> VLMJudge:
         """Make the client; the server is asked with the first images."""
-        token = os.environ.get(self.token_variable)
-        return VLMJudge(self, Client(servers=(self.url,), where="vlm_judge", deadline_s=self.deadline_s, token=token))
+        return VLMJudge(self, Client(servers=(self.url,), where="vlm_judge", deadline_s=self.deadline_s, token=self._token()))
+
+    def _token(self) -> str | None:
+        if self.token_variable is not None:
+            return os.environ.get(self.token_variable)
+        token = os.environ.get(OPENAI_TOKEN)
+        if token is not None and not is_safe(self.url):
+            warnings.warn(
+                f"vlm_judge: {OPENAI_TOKEN} is not sent to {self.url}, where others could read it on the way; use https, or name it as token_variable",
+                stacklevel=3,
+            )
+            return None
+        return token
 
 
 @dataclass(frozen=True)
@@ -173,7 +205,7 @@ def rating(choice: Mapping[str, Any], low: float, high: float) -> float:
     fenced = re.fullmatch(r"\s*(?:```(?:json)?\s*)?(\{.*\})\s*(?:```)?\s*", text, re.DOTALL) if isinstance(text, str) else None
     try:
         score = json.loads(fenced[1])["score"] if fenced else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         score = None
     if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
         return math.nan

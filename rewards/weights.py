@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+WEIGHT_FILES = ("*.safetensors", "*.bin")  # what transformers loads out of a folder
+
 
 def device_of(name: str | None) -> torch.device:
     """Return the device of a configuration: the named one, else the current accelerator, else the CPU."""
@@ -60,10 +62,16 @@ def network(load: Callable[..., Any], name: str, where: str, *, dtype: str, devi
 
 
 def weights_name(name: str) -> str:
-    """Name weights so that others are named otherwise: a hub id with its revision in the cache, a folder with the first digits of its weights' SHA-256."""
+    """Name weights so that others are named otherwise: a hub id with its revision in the cache, a folder with the first digits of its weights' SHA-256.
+
+    Raises:
+        FileNotFoundError: If a folder holds no weights.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for kind in WEIGHT_FILES for file in folder.glob(kind))
+        if not files:
+            raise FileNotFoundError(f"{folder}: holds no weights to name it by, needed {' or '.join(WEIGHT_FILES)}")
         return f"{folder.resolve().name}@{_digest(tuple((file, file.stat().st_mtime_ns) for file in files))}"
     from huggingface_hub import try_to_load_from_cache
 

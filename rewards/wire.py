@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ CONTENT_TYPE = "application/x-safetensors"
 SCORE_PATH = "/v1/score"
 REWARDS_PATH = "/v1/rewards"
 MAX_HEADER_BYTES = 2**20
+_ID = re.compile("[ -~]{1,100}")
 
 
 class Malformed(ValueError):
@@ -41,7 +43,7 @@ class Request:
     """Images to score.
 
     Attributes:
-        request_id: The same in every repetition of a request, so that it is scored once.
+        request_id: The same in every repetition of a request, so that it is scored once; 1 to 100 printable characters of ASCII.
         images: uint8 ``[batch, 3, h, w]``.
         prompts: One for each image.
         metadata: One record for each image.
@@ -148,8 +150,9 @@ def _fields(asked: Any, count: int, limits: Limits) -> dict[str, Any]:
         raise Malformed(f"rewards: {len(rewards)} names, but {len(set(rewards))} different ones; needed each once")
     request_id = asked.get("request_id")
     deadline: Any = asked.get("deadline_s")
-    if not isinstance(request_id, str) or not 1 <= len(request_id) <= 100:
-        raise Malformed("request_id: needed a text of 1 to 100 characters")
+    # It is sent back, and stands in logs: a character that no reply can hold must not come so far.
+    if not isinstance(request_id, str) or not _ID.fullmatch(request_id):
+        raise Malformed("request_id: needed 1 to 100 printable characters of ASCII")
     if not _is_finite(deadline) or not deadline > 0:
         raise Malformed("deadline_s: needed a positive number")
     return {"request_id": request_id, "prompts": prompts, "metadata": metadata, "rewards": rewards, "deadline_s": float(deadline)}

@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transform
 
@@ -165,16 +166,39 @@ class Folder:
         found: dict[tuple[int, int], Path] = {}
         for path in self.paths:
             with _opened(path) as picture:
-                found.setdefault((picture.height, picture.width), path)
+                width, height = (picture.height, picture.width) if _turn(picture) > 4 else picture.size  # 5 to 8 lie on their side
+                found.setdefault((height, width), path)
         return found
 
     def images(self) -> Iterable[Tensor]:
-        """Read the images one by one, ``[3, h, w]`` in [0, 1]; what is transparent stands on white."""
+        """Read the images one by one, ``[3, h, w]`` in [0, 1], upright as a camera's note says; what is transparent stands on white.
+
+        Raises:
+            ValueError: If a file cannot be read to its end, or its pixels have 32 bits.
+        """
         for path in self.paths:
             with _opened(path) as picture:
-                seen = picture.convert("RGBA")
+                try:
+                    seen = _bytes(ImageOps.exif_transpose(picture) if _turn(picture) > 1 else picture).convert("RGBA")
+                except (OSError, SyntaxError, ValueError) as error:
+                    raise ValueError(f"{path}: cannot be read ({error}); remove it from the folder") from error
                 ground = Image.new("RGBA", seen.size, "white")
                 yield transform.pil_to_tensor(Image.alpha_composite(ground, seen).convert("RGB")).float() / 255
+
+
+def _turn(picture: Image.Image) -> int:
+    """Return how a camera was held, 1 to 8 by EXIF; 1 is upright."""
+    # Without the first check Pillow would read all of a PNG to look for the note behind its pixels.
+    return picture.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in picture.info else 1
+
+
+def _bytes(picture: Image.Image) -> Image.Image:
+    """Bring pixels of 16 bits, which Pillow would cut off at 255, to 8."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray(((np.asarray(picture).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of kind {picture.mode!r}, whose white is unknown; needed 8 or 16 bits each")
+    return picture
 
 
 def _opened(path: Path) -> Image.Image:
@@ -182,3 +206,5 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: is no image that can be read; remove it from the folder") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove it from the folder") from error

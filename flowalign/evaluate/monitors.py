@@ -92,7 +92,7 @@ def alarms(lines: Sequence[Mapping[str, Any]], trained: Sequence[str], held_out:
     - diversity within a prompt has fallen below half;
     - a pixel statistic has moved by more than 0.1 and by more than six times the spread of the first steps;
     - a norm of latents or velocities has moved by more than a quarter and by more than six times that spread;
-    - every trained reward that moved has risen by more than twice its spread, while a held-out one has fallen by as much of its own.
+    - a trained reward, one of several is enough, has risen by more than twice its spread, while a held-out one has fallen by as much of its own.
 
     Args:
         lines: Of ``log.jsonl``, from the first step.

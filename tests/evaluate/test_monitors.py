@@ -100,6 +100,13 @@ def test_a_held_out_reward_that_falls_with_the_trained_one_is_no_hacking():
     assert raised(log(trained=lambda i: 0.3 - 0.01 * i, held=lambda i: 0.6 - 0.01 * i)) == []
 
 
+def test_one_trained_reward_of_several_that_rises_while_a_held_out_one_falls_is_enough():
+    lines = log(trained=lambda i: 0.3 + 0.02 * i, held=lambda i: 0.6 - 0.01 * i)
+    both = [{**line, "reward": {**line["reward"], "other": 0.5 - 0.01 * i}} for i, line in enumerate(lines)]
+    (alarm,) = monitors.alarms(both, ["other", "trained"], ["held"])
+    assert alarm.text.endswith("while trained rises")
+
+
 def test_noise_like_that_of_the_first_steps_raises_nothing():
     assert raised(log(brightness=lambda i: 0.5 + 0.3 * (-1) ** i)) == []
 

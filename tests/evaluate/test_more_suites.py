@@ -19,7 +19,7 @@ from flowalign.evaluation_report import write_evaluation
 from flowalign.rewards import jpeg_size
 from flowalign.rewards.geneval_prompts import official
 from flowalign.rewards.geneval_rules import Found, judge
-from flowalign.suite_options import suite_options
+from flowalign.suite_options import suite_options, write_geneval_prompts
 from tests.evaluate.fakes import random_images
 
 
@@ -198,6 +198,9 @@ def test_the_command_writes_prompt_files(tmp_path, capsys):
     assert "553 prompts" in capsys.readouterr().out
     main(["geneval", "prompts", "--split", "unseen", "--num", "20", "--seed", "3", "--output", str(tmp_path / "few.jsonl")])
     assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 20
+    with pytest.raises(ConfigError, match="--split: got 'offical', needed official, train, unseen or all"):
+        write_geneval_prompts(tmp_path / "no.jsonl", "offical", num=20, seed=3)
+    assert not (tmp_path / "no.jsonl").exists()
 
 
 def test_genevals_page_is_headed_by_its_own_measure(tmp_path):

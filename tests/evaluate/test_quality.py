@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -198,6 +199,39 @@ def test_a_folders_images_come_as_they_are_and_what_is_transparent_stands_on_whi
     assert torch.allclose(images[3], torch.rand(3, 16, 12, generator=generator("image", 3)), atol=0.5 / 255 + 1e-6)
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(folder / "a.png")
     assert torch.equal(next(iter(Folder.of(folder).images())), torch.ones(3, 4, 4))
+
+
+def test_pixels_of_16_bits_are_brought_to_8_and_other_kinds_are_named(tmp_path):
+    levels = np.array([[0, 257, 1000], [32896, 65278, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    (image,) = Folder.of(tmp_path).images()
+    assert torch.equal((image * 255).round().to(torch.uint8), torch.tensor([[[0, 1, 4], [128, 254, 255]]] * 3, dtype=torch.uint8))
+    Image.fromarray(np.ones((2, 3), dtype=np.int32)).convert("F").save(tmp_path / "b.bmp", format="TIFF")
+    with pytest.raises(ValueError, match=r"b.bmp: cannot be read \(its pixels are of kind 'F'"):
+        list(Folder.of(tmp_path).images())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_files_that_end_too_early_are_named(folder, kind):
+    path = folder / f"a.{kind}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert (64, 64) in Folder.of(folder).sizes()
+    with pytest.raises(ValueError, match=rf"a.{kind}: cannot be read \(.*truncated"):
+        list(Folder.of(folder).images())
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_photographs_are_turned_as_the_camera_was_held(tmp_path, kind):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 255  # the first quarter
+    note = Image.Exif()
+    for orientation, turned in ((1, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, -1))):
+        note[274] = orientation
+        Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / f"a.{kind}", exif=note)
+        assert list(Folder.of(tmp_path).sizes()) == [(16, 32)]
+        (image,) = Folder.of(tmp_path).images()
+        assert torch.allclose(image, torch.from_numpy(upright).permute(2, 0, 1) / 255, atol=0.1)
 
 
 def test_real_images_of_another_size_too_few_or_unreadable_are_refused_before_anything_is_generated(folder, dino):

@@ -118,6 +118,9 @@ def test_an_empty_prompt_is_refused_and_a_foreign_script_is_warned_of(reward):
         reward(tiny.pictures(2), ["a", "  "], [{}] * 2)
     with pytest.warns(UserWarning, match="not in Latin script"):
         scores = reward(tiny.pictures(1), ["\u7ea2\u8272\u7684\u5706"], [{}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip.check_prompts(["ti\u1ebfng Vi\u1ec7t, caf\u00e9"], "here")  # Latin, with accents
     assert bool(torch.isfinite(scores).all())
 
 

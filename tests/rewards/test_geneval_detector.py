@@ -1,4 +1,4 @@
-"""The detector: post-processing against a literal reference, the converter, and colours and channels on a tiny Mask2Former."""
+"""The detector: post-processing against a literal reference, and colours and channels on a tiny Mask2Former."""
 
 import shutil
 from pathlib import Path
@@ -7,30 +7,20 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import CLIPModel, Mask2FormerConfig, SwinConfig
+from transformers import CLIPModel
 from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
 
 from flowalign.evaluate.geneval_suite import GenEvalSuite
-from flowalign.rewards import geneval, geneval_convert, geneval_detector, weights
+from flowalign.rewards import geneval, geneval_detector, weights
 from flowalign.rewards.geneval_detector import Detection
 from flowalign.rewards.geneval_prompts import COLORS, colors, single_object, two_object
 from tests.rewards import tiny
-
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-
-
-def tiny_config():
-    swin = SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4, out_features=STAGES)
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 64, "encoder_layers": 1}
-    return Mask2FormerConfig(
-        backbone_config=swin, **sizes, decoder_layers=2, num_attention_heads=4, dim_feedforward=64, num_queries=10, num_labels=80
-    )
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return Mask2Former(tiny_config()).eval()
+    return Mask2Former(tiny.detector_config()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +69,20 @@ def test_post_processing_is_that_of_mmdet(geometry):
     ("size", "inner"), [((512, 512), (800, 800)), ((512, 768), (800, 1200)), ((300, 900), (444, 1333)), ((1024, 1024), (800, 800))]
 )
 def test_images_are_scaled_like_mmdets_and_padded_below_and_right(size, inner):
-    seen, found = geneval_detector.prepare(torch.full((1, 3, *size), 0.5))
+    seen, found = geneval_detector.prepare(torch.full((1, 3, *size), 0.2))
     assert found == inner
     assert seen.shape[2] % 32 == seen.shape[3] % 32 == 0
     assert seen.shape[2] - inner[0] < 32
-    assert float(seen[:, :, inner[0] :].abs().sum() + seen[:, :, :, inner[1] :].abs().sum()) == 0
-    wanted = [(128 / 255 - mean) / std for mean, std in zip(geneval_detector.MEAN, geneval_detector.STD, strict=True)]
-    assert seen[0, :, 0, 0].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert seen.shape[3] - inner[1] < 32
+
+    def normal(level):
+        return torch.tensor([(level - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))])[:, None]
+
+    is_padding = torch.ones(seen.shape[2:], dtype=torch.bool)
+    is_padding[: inner[0], : inner[1]] = False
+    # Grey 128 is padded before normalisation; the image is another grey.
+    torch.testing.assert_close(seen[0][:, is_padding], normal(128 / 255).expand(3, int(is_padding.sum())), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[0][:, ~is_padding], normal(51 / 255).expand(3, inner[0] * inner[1]), atol=1e-5, rtol=0)
 
 
 def test_channels_stay_red_green_blue():
@@ -99,7 +96,7 @@ def test_weights_that_published_files_lack_play_no_part(model):
     pixel = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(pixel_values=pixel)
-        moved = Mask2Former(tiny_config()).eval()
+        moved = Mask2Former(tiny.detector_config()).eval()
         moved.load_state_dict(model.state_dict())
         names = [name for name in moved.state_dict() if name.startswith(geneval_detector.UNNEEDED)]
         assert len(names) == 3
@@ -108,122 +105,6 @@ def test_weights_that_published_files_lack_play_no_part(model):
         after = moved(pixel_values=pixel)
     assert torch.equal(before.class_queries_logits, after.class_queries_logits)
     assert torch.equal(before.masks_queries_logits, after.masks_queries_logits)
-
-
-# -- converter ------------------------------------------------------------------------------------------------------------------------
-
-
-def mmdet_names(swin_depths, encoder_layers, decoder_layers):
-    """The names of mmdet's checkpoint, written down from its modules, each with the number of values of its last axes left open."""
-    both = ("weight", "bias")
-    names = [f"backbone.patch_embed.{part}.{kind}" for part in ("projection", "norm") for kind in both]
-    names += [f"backbone.norm{i}.{kind}" for i in range(4) for kind in both]
-    for i, depth in enumerate(swin_depths):
-        for j in range(depth):
-            block = f"backbone.stages.{i}.blocks.{j}"
-            names += [f"{block}.attn.w_msa.relative_position_bias_table", f"{block}.attn.w_msa.relative_position_index"]
-            parts = ("norm1", "norm2", "attn.w_msa.qkv", "attn.w_msa.proj", "ffn.layers.0.0", "ffn.layers.1")
-            names += [f"{block}.{part}.{kind}" for part in parts for kind in both]
-        if i < 3:
-            names += [f"backbone.stages.{i}.downsample.{part}" for part in ("norm.weight", "norm.bias", "reduction.weight")]
-    head = "panoptic_head"
-    names += [f"{head}.pixel_decoder.input_convs.{i}.{part}.{kind}" for i in range(3) for part in ("conv", "gn") for kind in both]
-    for i in range(encoder_layers):
-        layer = f"{head}.pixel_decoder.encoder.layers.{i}"
-        parts = [f"attentions.0.{part}" for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")]
-        parts += ["ffns.0.layers.0.0", "ffns.0.layers.1", "norms.0", "norms.1"]
-        names += [f"{layer}.{part}.{kind}" for part in parts for kind in both]
-    for conv in ("lateral_convs", "output_convs"):
-        names += [f"{head}.pixel_decoder.{conv}.0.{part}" for part in ("conv.weight", "gn.weight", "gn.bias")]
-    names += [f"{head}.pixel_decoder.{part}" for part in ("level_encoding.weight", "mask_feature.weight", "mask_feature.bias")]
-    for i in range(decoder_layers):
-        layer = f"{head}.transformer_decoder.layers.{i}"
-        for number in (0, 1):
-            attention = f"{layer}.attentions.{number}.attn"
-            names += [f"{attention}.{part}" for part in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
-        names += [
-            f"{layer}.{part}.{kind}" for part in ("ffns.0.layers.0.0", "ffns.0.layers.1", "norms.0", "norms.1", "norms.2") for kind in both
-        ]
-    names += [f"{head}.transformer_decoder.post_norm.{kind}" for kind in both]
-    names += [f"{head}.{part}.weight" for part in ("query_embed", "query_feat", "level_embed")]
-    return names + [f"{head}.{part}.{kind}" for part in ("cls_embed", "mask_embed.0", "mask_embed.2", "mask_embed.4") for kind in both]
-
-
-def checkpoint_like(model, names):
-    """Random values under mmdet's names, in the shapes that this model's own weights call for."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    state = {}
-    for name in names:
-        if name.endswith("relative_position_index"):
-            state[name] = torch.zeros(4, 4, dtype=torch.int64)
-            continue
-        # One row or three fused ones: the names that a probe converts to say the shape.
-        targets = list(geneval_convert._converted(name, torch.zeros(3, 8)))
-        shape = shapes[targets[0]]
-        state[name] = torch.randn(len(targets) * shape[0], *shape[1:], generator=torch.Generator().manual_seed(len(state)))
-    return state
-
-
-def test_every_weight_of_the_checkpoint_finds_its_place(model):
-    state = checkpoint_like(model, mmdet_names([1] * 4, 1, 1))
-    found = geneval_convert.convert(state, model)
-    assert len(found) == len([name for name in model.state_dict() if not name.startswith(geneval_detector.UNNEEDED)])
-    assert torch.equal(found["class_predictor.weight"], state["panoptic_head.cls_embed.weight"])
-    prefix = "backbone.stages.1.blocks.0.attn.w_msa"
-    query = "model.pixel_level_module.encoder.swin.encoder.layers.1.blocks.0.attention.q_proj.weight"
-    assert torch.equal(found[query], state[f"{prefix}.qkv.weight"][:32])
-    cross = "model.transformer_module.decoder.layers.0.cross_attn.in_proj_weight"
-    assert torch.equal(found[cross], state["panoptic_head.transformer_decoder.layers.0.attentions.0.attn.in_proj_weight"])
-
-
-def test_names_fit_the_detector_in_its_full_size():
-    with torch.device("meta"):
-        full = Mask2Former(geneval_convert.config())
-        state = checkpoint_like_shapes(full, mmdet_names([2, 2, 18, 2], 6, 9))
-        assert geneval_convert.convert(state, full)
-
-
-def checkpoint_like_shapes(model, names):
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    state = {}
-    for name in names:
-        targets = list(geneval_convert._converted(name, torch.zeros(3, 8)))
-        shape = shapes.get(targets[0], torch.Size([4, 4]))
-        state[name] = torch.empty(len(targets) * shape[0], *shape[1:])
-    return state
-
-
-def test_patch_merging_computes_what_mmdets_does(model):
-    draw = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 16, 8, 8, generator=draw)
-    norm, bias, weight = (torch.randn(*shape, generator=draw) for shape in ((64,), (64,), (32, 64)))
-    columns = functional.unfold(image, 2, stride=2).transpose(1, 2)  # mmdet: nn.Unfold, channel by channel
-    wanted = functional.linear(functional.layer_norm(columns, (64,), norm, bias), weight)
-    merging = model.model.pixel_level_module.encoder.swin.encoder.layers[0].downsample
-    kept = {name: value.clone() for name, value in merging.state_dict().items()}
-    merging.load_state_dict(
-        {
-            name: geneval_convert.unmerge_order(value)
-            for name, value in (("reduction.weight", weight), ("norm.weight", norm), ("norm.bias", bias))
-        }
-    )
-    with torch.no_grad():
-        found = merging(image.flatten(2).transpose(1, 2), (8, 8))
-    merging.load_state_dict(kept)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_other_checkpoints_are_refused(model, tmp_path):
-    state = checkpoint_like(model, mmdet_names([1] * 4, 1, 1))
-    with pytest.raises(ValueError, match="no Mask2Former with Swin-S of mmdet.*has no place for 'roi_head"):
-        geneval_convert.convert(state | {"roi_head.weight": torch.zeros(1)}, model)
-    with pytest.raises(ValueError, match="needs 'class_predictor.bias'"):
-        geneval_convert.convert({name: value for name, value in state.items() if "cls_embed.bias" not in name}, model)
-    with pytest.raises(FileNotFoundError, match="model zoo of mmdetection"):
-        geneval_convert.convert_file(tmp_path / "no.pth", tmp_path / "out")
-
-
-# -- the reward -----------------------------------------------------------------------------------------------------------------------
 
 
 def quick(folder):
@@ -296,7 +177,7 @@ def test_missing_weights_say_what_to_do():
 
 
 def test_a_detector_of_other_classes_is_refused(tmp_path):
-    config = tiny_config()
+    config = tiny.detector_config()
     config.num_labels = 5
     Mask2Former(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="knows 5 classes, needed the 80"):
@@ -313,6 +194,14 @@ def test_the_name_tells_weights_apart(folders, reward, tmp_path):
     file = tmp_path / "other" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert weights.weights_name(str(tmp_path / "other")).rpartition("@")[2] != one.rpartition("@")[2]
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"other: holds no weights to name it by, needed \*.safetensors or \*.bin"):
+        weights.weights_name(str(tmp_path / "other"))
+    pickled = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "other" / "pytorch_model.bin").write_bytes(content)
+        pickled.add(weights.weights_name(str(tmp_path / "other")))
+    assert len(pickled) == 2
     name = GenEvalSuite(judged_by=reward).name
     assert name == f"geneval, detector {one}, colors {clip}"
 

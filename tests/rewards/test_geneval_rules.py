@@ -80,6 +80,15 @@ def test_tags_come_in_their_proportions_until_one_has_no_more():
         ({"tag": "colors", "include": [{"class": "dog", "count": 0}]}, "count 0"),
         ({"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "grey"}]}, "color 'grey'"),
         ({"tag": "position", "include": [{"class": "dog", "count": 1, "position": ["above", 0]}]}, "number of an earlier clause"),
+        *(
+            (
+                {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": place}]},
+                "number of an earlier",
+            )
+            for place in (5, True, "ab", {"above": 0, "below": 0}, ["above"], ["above", "0"])
+        ),
+        ({"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": None}, "exclude: got None, needed a list"),
+        ({"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": {"class": "dog"}}, "exclude: got .*, needed a list"),
     ],
 )
 def test_records_that_cannot_be_judged_are_refused(record, message):

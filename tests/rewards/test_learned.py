@@ -1,5 +1,6 @@
 """HPS v2, the aesthetic predictor and ImageReward against the published formula, each on a tiny model of its architecture."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -246,9 +247,11 @@ def test_image_reward_has_a_gradient(blip):
     assert float(images.grad.norm()) > 0
 
 
-def test_image_reward_is_standardised():
-    assert (image_reward.MEAN - image_reward.MEAN) / image_reward.STD == 0
-    assert pytest.approx(1) == (1.2005131248571277 - image_reward.MEAN) / image_reward.STD
+@pytest.mark.parametrize(("raw", "score"), [(0.16717362830052426, 0), (1.2005131248571277, 1), (-0.8661658763045472, -1)])
+def test_image_reward_is_standardised(blip, raw, score):
+    always = heads.Affine(weight=torch.zeros(WIDTH), bias=torch.tensor(raw))
+    found = dataclasses.replace(blip[2], head=always)(tiny.pictures(), PROMPTS, [{}] * 3)
+    assert found.tolist() == pytest.approx([score] * 3, abs=1e-6)
 
 
 def test_image_reward_refuses_other_files(tmp_path):

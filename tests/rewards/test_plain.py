@@ -62,6 +62,25 @@ def test_a_function_that_asks_for_what_is_not_there_is_told_what_is():
         PlainReward(lambda prompts, images: 5)(IMAGES, ["a"] * 3, [{}] * 3)
 
 
+def test_arguments_come_by_name_or_the_function_is_refused():
+    def some(prompts, images, *rest):
+        return [float(len(rest))] * len(prompts)
+
+    def optional(seed=3, /, *, prompts):
+        return [seed] * len(prompts)
+
+    assert PlainReward(some)(IMAGES, ["a"] * 3, [{}] * 3).tolist() == [0, 0, 0]
+    assert PlainReward(optional)(IMAGES, ["a"] * 3, [{}] * 3).tolist() == [3, 3, 3]
+    for function, named in (
+        (lambda prompts, images, /: [0], "prompts, images"),
+        (lambda prompts, /, images: [0], "prompts"),
+        (lambda prompts, /, **columns: [0], "prompts"),
+        (lambda *rest: [0], r"\*rest"),
+    ):
+        with pytest.raises(ValueError, match=f"reward function .*: takes {named} by position only, but arguments are given by name"):
+            PlainReward(function)(IMAGES, ["a"] * 3, [{}] * 3)
+
+
 def test_a_dotted_type_may_be_a_function_and_comes_back_as_it_was_written():
     entry = config.decode(RewardConfig, {"reward": "tests.rewards.test_plain.length", "weight": 2.0})
     assert config.encode(entry)["reward"] == {"type": "tests.rewards.test_plain.length"}

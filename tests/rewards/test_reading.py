@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import Dinov2Config, Dinov2Model
 
-from flowalign.rewards import diversity, ocr
+from flowalign.rewards import diversity, letters, ocr
 
 RULE = [
     ("Hello World", 1.0),
@@ -80,9 +80,59 @@ def test_rapidocr_reads_what_is_written(rapid):
     assert scores.tolist() == [1, 1, 0]
 
 
+# The lines of two characters on a grid of 10 x 10: together "exit". No font with Chinese letters comes with what is installed.
+EXIT = {
+    "\u51fa": [(5, 0, 5, 9), (1, 1, 1, 4), (9, 1, 9, 4), (1, 4, 9, 4), (0, 6, 0, 9), (10, 6, 10, 9), (0, 9, 10, 9)],
+    "\u53e3": [(1, 1, 9, 1), (1, 9, 9, 9), (1, 1, 1, 9), (9, 1, 9, 9)],
+}
+
+
 def test_rapidocr_reads_chinese(rapid):
-    rapid.check({"prompt": 'says "\u5f00\u95e8"'})
+    picture = Image.new("RGB", (128, 128), (20, 20, 60))
+    for place, lines in enumerate(EXIT.values()):
+        for line in lines:
+            left, top, right, bottom = (4 * number for number in line)
+            shift = 16 + 51 * place
+            ImageDraw.Draw(picture).line((left + shift, top + 40, right + shift, bottom + 40), fill="white", width=4)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    prompt = f'a sign that says "{"".join(EXIT)}"'
+    rapid.check({"prompt": prompt})
+    assert rapid(image, [prompt], [{}]).tolist() == [1]
+    assert rapid(image, ['"\u5165\u53e3"'], [{}]).tolist() == [0.5]  # "entrance" shares a character
+
+
+def test_full_width_letters_are_letters():
     assert ocr.normal("\uff2f\uff50\uff45\uff4e") == "open"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0412\u044b\u0445\u043e\u0434",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\u0e2d\u0e2d\u0e01",
+        "\u0928\u092e",
+        "\ucd9c\uad6c",
+        "Vi\u1ec7t",
+        "\u05d9\u05e6",
+    ],
+    ids=["cyrillic", "arabic", "thai", "hindi", "korean", "vietnamese", "hebrew"],
+)
+def test_letters_that_rapidocr_does_not_know_are_refused_before_anything_is_sampled(rapid, text):
+    with pytest.raises(ValueError, match=r"wanted text '.*' holds '.*', which RapidOCR's model does not know; take engine: tesseract"):
+        rapid.check({"prompt": f'says "{text}"'})
+
+
+@pytest.mark.parametrize(
+    "text", ["Caf\u00e9 24/7!", "Gr\u00f6\u00dfe", "\u0141\u00f3d\u017a", "\u51fa\u53e3", "\u3072\u3089", "\u03b1\u03b2", "\uff2f\uff50"]
+)
+def test_letters_that_rapidocr_knows_are_taken(rapid, text):
+    rapid.check({"prompt": f'says "{text}"'})
+
+
+def test_foreign_letters_are_those_that_are_not_latin():
+    assert letters.foreign("Caf\u00e9 Vi\u1ec7t Th\u01b0\u01a1ng \uff2f\uff50 5 \u00b5m, 24/7!") == []
+    assert letters.foreign("open \u5f00\u0412\u5f00") == ["\u5f00", "\u0412"]
 
 
 def test_a_prompt_without_text_is_refused_before_anything_is_sampled(rapid):

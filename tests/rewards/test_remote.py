@@ -225,16 +225,35 @@ NONSENSE = [
     '{"scor": 3}',
     "[]",
     '{"score": NaN}',
+    '{"score": ' + "[" * 200_000 + "}",
     None,
 ]
 
 
-@pytest.mark.parametrize("text", NONSENSE)
+@pytest.mark.parametrize("text", NONSENSE, ids=lambda text: str(text)[:20])
 def test_nonsense_is_invalid_and_never_a_score(text):
     with peers.peer(*says(text)) as (url, _):
         assert math.isnan(judge(url, max_invalid=1.0)(IMAGES[:1], ["a"], RECORDS[:1]).item())
         with pytest.raises(ValueError, match=r"1 of the last 1 answers cannot be read .*check model and question"):
             judge(url)(IMAGES[:1], ["a"], RECORDS[:1])
+
+
+def test_the_openai_token_is_not_sent_in_the_clear_unless_it_is_named(monkeypatch):
+    def sent(**options):
+        return vlm_judge.Config(model="m", **options).build().client.token
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert [sent(url=url) for url in ("https://api.openai.com/v1", "http://127.0.0.1:8000/v1", "http://localhost/v1")] == ["secret"] * 3
+    for url in ("http://10.0.0.2:8000/v1", "http://localhost.example.org/v1"):
+        with pytest.warns(UserWarning, match=f"OPENAI_API_KEY is not sent to {url}"):
+            assert sent(url=url) is None
+    monkeypatch.setenv("MINE", "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sent(url="http://10.0.0.2/v1", token_variable="OPENAI_API_KEY") == "secret"
+        assert sent(url="http://10.0.0.2/v1", token_variable="MINE") == "other"
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert sent(url="http://10.0.0.2/v1") is None
 
 
 def test_unreadable_answers_are_counted_over_calls():
@@ -352,6 +371,11 @@ HOSTILE = {
             "deadline_s": "never",
         }.items()
     },
+    **{
+        f"{kind} in the id": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "request_id": text})}}, bytes(12))
+        for kind, text in {"half a character": "a\ud800", "line break": "a\nb", "letter beyond ASCII": "\u00e9"}.items()
+    },
+    "long id": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "request_id": "a" * 101})}}, bytes(12)),
     "long prompt": forged({"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "prompts": ["a" * 10_001]})}}, bytes(12)),
     "many times the same": forged(
         {"images": GOOD, "__metadata__": {"request": json.dumps({**ASKED, "rewards": ["mean"] * 1000})}}, bytes(12)

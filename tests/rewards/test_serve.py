@@ -1,5 +1,6 @@
 """The reward server, over real sockets: the same scores as in the process, under load, and what it answers to bad requests."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -17,7 +18,7 @@ from flowalign.rewards import diversity, remote, wire
 from flowalign.rewards.http import Refused, Unavailable
 from flowalign.rewards.plain import PlainReward
 from flowalign.rewards.shapes import Config as Verifier
-from flowalign.serve import ServeConfig, app, token_of
+from flowalign.serve import ServeConfig, app, serve, token_of
 from flowalign.train.overlap import Scorers
 from flowalign.train.scoring import NamedReward, score
 from tests.rewards.test_remote import HOSTILE
@@ -228,6 +229,77 @@ def test_deadlines_end_requests_and_free_the_queue():
         assert seen == ["1", "3"]  # nobody waited for 2 any more
 
 
+def test_a_request_that_nobody_waits_for_gives_its_place_to_the_next_at_once():
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(prompts, images):
+        begun.set()
+        gate.wait(10)
+        return code(prompts, images)
+
+    with serving(plain(slow), max_queue=2, max_batch=2, max_wait_ms=0) as url, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(post, url, body(start=1))
+        assert begun.wait(10)  # it is being scored, and its place is free
+        assert post(url, body(num=2, start=2, deadline_s=0.1)).status_code == 504
+        assert "flowalign_queued_images 0" in get(url + "/metrics").text
+        last = pool.submit(post, url, body(num=2, start=4))
+        while "flowalign_queued_images 2" not in get(url + "/metrics").text:
+            assert not last.done()
+            time.sleep(0.01)
+        gate.set()
+        assert (first.result().status_code, last.result().json()["scores"]) == (200, {"mine": [4004, 5005]})
+
+
+def test_each_repetition_of_a_request_waits_by_its_own_deadline():
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow(prompts, images):
+        begun.set()
+        gate.wait(10)
+        return code(prompts, images)
+
+    with serving(plain(slow)) as url, ThreadPoolExecutor(2) as pool:
+        data = body(start=7, deadline_s=0.5)
+        first = pool.submit(post, url, data)
+        assert begun.wait(10)
+        assert post(url, data).status_code == 504
+        assert first.result().status_code == 504
+        gate.set()
+        assert post(url, data).json()["scores"] == {"mine": [7007]}  # what was scored meanwhile is kept for it
+
+
+def test_another_request_of_the_same_id_is_refused():
+    with serving(plain(code)) as url:
+        assert post(url, body(start=1, request_id="a")).json()["scores"] == {"mine": [1001]}
+        other = post(url, body(start=2, request_id="a"))
+        assert other.status_code == 422
+        assert "another request came as 'a'" in other.json()["error"]
+        assert post(url, body(start=1, request_id="a")).json()["scores"] == {"mine": [1001]}
+
+
+def test_a_server_whose_queue_has_ended_says_so():
+    def cancels(prompts, images):
+        raise asyncio.CancelledError  # passes every `except Exception`
+
+    with serving(plain(cancels)) as url:
+        assert get(url + "/healthz").status_code == 200
+        assert post(url, body(deadline_s=0.2)).status_code == 504
+        for path in ("/healthz", "/readyz"):
+            answer = get(url + path)
+            assert answer.status_code == 503
+            assert "scores no more" in answer.json()["status"]
+        assert post(url, body()).status_code == 503
+
+
+def test_an_answer_never_holds_half_a_character():
+    def quotes(prompts, images):
+        raise ValueError(f"refused: {prompts[0]}")
+
+    with serving(plain(quotes)) as url:
+        answer = post(url, body(prompts=["\ud800"]))
+        assert (answer.status_code, answer.json()["error"]) == (422, "refused: ?")
+
+
 def test_a_repeated_request_is_scored_once():
     seen = []
 
@@ -342,6 +414,24 @@ def test_a_slow_body_is_cut_off():
                 f"POST {wire.SCORE_PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: {wire.CONTENT_TYPE}\r\ncontent-length: 999\r\n\r\nab".encode()
             )
             assert b" 408 " in connection.recv(1000)
+
+
+def test_the_command_listens_before_it_says_where(monkeypatch, capsys):
+    def run(server, sockets):
+        told = capsys.readouterr().out
+        address, port = sockets[0].getsockname()
+        assert port > 0
+        assert f"serving jpeg_size on http://127.0.0.1:{port} " in told
+        with socket.create_connection((address, port), timeout=5):
+            pass
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port} .*take another port"):
+            serve(["jpeg_size"], ServeConfig(port=port))
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve(["jpeg_size"], ServeConfig(port=0))
+    for port in (-1, 99999):
+        with pytest.raises(ConfigError, match=f"port: got {port}, needed 0 to 65535"):
+            ServeConfig(port=port)
 
 
 def test_the_command_needs_its_packages(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
 
 
 def words():
@@ -38,3 +38,12 @@ def clip(folder, *, seed=0, image_size=32):
 def pictures(num=3, height=48, width=40, seed=0):
     smooth = torch.rand(num, 3, 6, 5, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
+
+
+def detector_config():
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4, out_features=stages)
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 64, "encoder_layers": 1}
+    return Mask2FormerConfig(
+        backbone_config=swin, **sizes, decoder_layers=2, num_attention_heads=4, dim_feedforward=64, num_queries=10, num_labels=80
+    )
