@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flowalign import config as configuration
+from flowalign.benchmark.prices import Prices, first_reached, price, price_cells
 from flowalign.benchmark.spec import PREVIOUS, BenchmarkConfig, Cell
 from flowalign.benchmark.store import folder_of, read_result
 from flowalign.env import hardware, how_made, versions
@@ -64,7 +64,10 @@ def write_benchmark(
         "own backward pass has them; decoding and scoring images count nothing but in seconds.",
         "The search saw training rewards only, never the suite." if trials else "Nothing was searched: every method ran as it is written.",
         *(
-            ["The price of a score leaves the search out; a score is reached where a run stays at it to the end."]
+            [
+                "The price of a score leaves the search out. To stay at it: from there on a run is never below; for the first time: which noise may help, the more the fewer "
+                "the images."
+            ]
             if config.target is not None
             else []
         ),
@@ -182,66 +185,33 @@ def _drift(config: BenchmarkConfig, by_method: Runs) -> Table:
     return Table(title="What it cost: distance to the base", columns=("method", *(_DRIFT[key] for key in measured)), rows=rows)
 
 
-def price(milestones: Sequence[Mapping[str, Any]], start: float, target: float, unit: str) -> float | None:
-    """Return the compute from which a run has a score to its end, linear between milestones; None if it ends below.
-
-    A first crossing would be one of noise: with few images a score swings by more than a step gains.
-
-    Examples:
-        >>> price([{"score": 0.5, "spent": {"evaluations": 100.0}}, {"score": 0.7, "spent": {"evaluations": 200.0}}], 0.3, 0.6, "evaluations")
-        150.0
-    """
-    course = [(0.0, start), *((float(milestone["spent"][unit]), float(milestone["score"])) for milestone in milestones)]
-    below = [number for number, (_, score) in enumerate(course) if score < target]
-    if not below:
-        return 0.0
-    if below[-1] + 1 == len(course):
-        return None
-    (at, score), (then, reached) = course[below[-1] : below[-1] + 2]
-    return at + (then - at) * (target - score) / (reached - score)
-
-
 def _prices(config: BenchmarkConfig, by_method: Runs) -> Table:
     reference, others = _others(config)
-    prices = {method: _prices_of(config, runs) for method, runs in by_method.items()}
-    rows = []
-    for method, found in prices.items():
-        known = [value for value in found.values() if value is not None]
-        # An interval over the seeds that got there would be too kind to a method that often does not.
-        told = _on_log_scale(known) if known and len(known) == len(found) else "" if not known else f"{min(known):.3g} at best"
-        other = others[method]
-        pairs = [] if other is None else [(prices[other].get(seed), mine) for seed, mine in found.items()]
-        cheaper = [theirs / mine for theirs, mine in pairs if theirs and mine]
-        rows.append(
-            [method, f"{len(known)} of {len(found)}", told, _on_log_scale(cheaper) if cheaper and len(cheaper) == len(pairs) else ""]
-        )
+    rows = [[method] for method in by_method]
+    for rule in (price, first_reached):
+        prices = {method: _prices_of(config, runs, rule) for method, runs in by_method.items()}
+        for row in rows:
+            other = others[row[0]]
+            row += price_cells(prices[row[0]], None if other is None else prices[other])
     against = "the line above's" if reference == PREVIOUS else f"{reference}'s"
-    return Table(
-        title=f"Price of a {_title(config)} of {config.target:g}",
-        columns=("method", "seeds that reached it", config.budget.unit, f"{against} over it, seed by seed"),
-        rows=rows,
-    )
+    columns = [
+        column
+        for when in ("to stay", "for the first time")
+        for column in (f"seeds, {when}", f"{config.budget.unit}, {when}", f"{against} over it, {when}")
+    ]
+    return Table(title=f"Price of a {_title(config)} of {config.target:g}", columns=("method", *columns), rows=rows)
 
 
-def _prices_of(config: BenchmarkConfig, runs: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[int, float | None]:
+def _prices_of(config: BenchmarkConfig, runs: Sequence[tuple[Cell, Mapping[str, Any]]], rule: Callable[..., float | None]) -> Prices:
     """Return the price of the target by training seed; None where it was not reached."""
     assert config.target is not None
     found: dict[int, float | None] = {}
     for cell, result in runs:
         start = _base_of(config, cell).scores(config.suite.headline).overall.mean
         # A run that failed did not stay at anything to its end.
-        found[cell.seed] = None if result.get("failed") else price(result["milestones"], start, config.target, config.budget.unit)
+        lost = bool(result.get("failed")) and rule is price
+        found[cell.seed] = None if lost else rule(result["milestones"], start, config.target, config.budget.unit)
     return found
-
-
-def _on_log_scale(values: Sequence[float]) -> str:
-    """Return the geometric mean with its interval over seeds: a price is positive."""
-    if min(values) <= 0:
-        return f"{_mean(values):.3g} [no interval]"
-    found = seed_interval([math.log(value) for value in values])
-    if found.low is None or found.high is None:
-        return f"{math.exp(found.mean):.3g} [no interval]"
-    return f"{math.exp(found.mean):.3g} [{math.exp(found.low):.3g}, {math.exp(found.high):.3g}]"
 
 
 def _average(runs: Sequence[tuple[Cell, Mapping[str, Any]]], key: str) -> str:

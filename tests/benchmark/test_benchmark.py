@@ -11,7 +11,7 @@ import yaml
 from flowalign.benchmark import report, study
 from flowalign.benchmark.cell import run_cell
 from flowalign.benchmark.meter import Meter
-from flowalign.benchmark.report import price
+from flowalign.benchmark.prices import price
 from flowalign.benchmark.spec import load_benchmark
 from flowalign.benchmark.store import folder_of, read_result
 from flowalign.cli import main
@@ -367,9 +367,9 @@ def test_what_all_methods_change_is_written_once_and_a_method_s_own_changes_come
 def test_prices_are_compared_seed_by_seed(write, monkeypatch, reference, heading, ratio):
     found = {"awm": {0: 100.0, 1: 200.0}, "late": {0: 300.0, 1: None}, "slow": {0: 200.0, 1: 400.0}}
     config = load_benchmark(write(methods={name: {} for name in found}, target=0.9, reference=reference), [])
-    monkeypatch.setattr(report, "_prices_of", lambda config, runs: runs)
+    monkeypatch.setattr(report, "_prices_of", lambda config, runs, rule: runs)
     table = report._prices(config, found)
-    assert table.columns[-1] == f"{heading}, seed by seed"
+    assert (table.columns[3], table.columns[6]) == (f"{heading}, to stay", f"{heading}, for the first time")
     assert [row[1] for row in table.rows] == ["2 of 2", "1 of 2", "2 of 2"]
     # Not where a seed got nowhere, on either side.
     assert [row[3] for row in table.rows] == ["", "", ratio]
