@@ -62,7 +62,7 @@ def price_cells(found: Prices, other: Prices | None) -> list[str]:
 def _on_log_scale(values: Sequence[float]) -> str:
     """Return the geometric mean with its interval over seeds: a price is positive."""
     if min(values) <= 0:
-        return f"{_mean(values):.3g} [no interval]"
+        return f"{sum(values) / len(values):.3g} [no interval]"
     found = seed_interval([math.log(value) for value in values])
     if found.low is None or found.high is None:
         return f"{math.exp(found.mean):.3g} [no interval]"
