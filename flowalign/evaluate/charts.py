@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,9 +137,7 @@ def draw(chart: Chart) -> Drawing:
         'M44.0 192.0L426.0 10.0'
     """
     xs = [v for curve in chart.curves for v in curve.x if math.isfinite(v)] or [0.0, 1.0]
-    columns = [c for curve in chart.curves for c in (curve.y, curve.low, curve.high) if c is not None]
-    ys = [v for column in columns for v in column if math.isfinite(v)] or [0.0, 1.0]
-    y_places = ticks(min(ys), max(ys))
+    y_places = ticks(*_reach(chart.curves))
     x_low, x_high = min(xs), max(xs)
     x_places = [place for place in ticks(x_low, x_high, num=5) if x_low <= place <= x_high]
     x_span, y_span = (x_high - x_low) or 1.0, y_places[-1] - y_places[0]
@@ -148,6 +146,7 @@ def draw(chart: Chart) -> Drawing:
         return _LEFT + (value - x_low) / x_span * (WIDTH - _LEFT - _RIGHT)
 
     def at_y(value: float) -> float:
+        value = min(max(value, y_places[0]), y_places[-1])
         return HEIGHT - _BOTTOM - (value - y_places[0]) / y_span * (HEIGHT - _TOP - _BOTTOM)
 
     lines = [_line(curve, at_x, at_y, chart.x_label) for curve in chart.curves]
@@ -159,6 +158,20 @@ def draw(chart: Chart) -> Drawing:
         y_ticks=tuple(Tick(at=at_y(place), label=_short(place)) for place in y_places),
         lines=tuple(lines),
     )
+
+
+def _reach(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the values that a chart spans: those of all curves, and of their bands as far as these reach out by no more than the curves themselves do."""
+
+    def finite(columns: Iterable[Sequence[float] | None]) -> list[float]:
+        return [value for column in columns for value in column or () if math.isfinite(value)]
+
+    values = finite(curve.y for curve in curves) or [0.0, 1.0]
+    bands = finite(column for curve in curves for column in (curve.low, curve.high)) or values
+    low, high = min(values), max(values)
+    # One band that is much wider than everything else would flatten all curves: it is cut.
+    most = (high - low) / 2 or math.inf
+    return max(min(low, *bands), low - most), min(max(high, *bands), high + most)
 
 
 def _line(curve: Curve, at_x: Callable[[float], float], at_y: Callable[[float], float], x_label: str) -> Line:

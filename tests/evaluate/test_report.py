@@ -177,6 +177,13 @@ def test_a_band_goes_along_the_top_and_back_along_the_bottom():
     assert draw(Chart(title="t", curves=[curve])).lines[0].band == "M44.0 10.0L426.0 10.0L426.0 192.0L44.0 192.0Z"
 
 
+def test_a_band_that_is_far_wider_than_all_curves_is_cut_and_flattens_none():
+    wild = Curve(name="a", x=[0, 1], y=[0.0, 1.0], low=[-100.0, -100.0], high=[100.0, 100.0])
+    drawing = draw(Chart(title="t", curves=[wild]))
+    assert [tick.label for tick in drawing.y_ticks] == ["-0.5", "0", "0.5", "1", "1.5"]
+    assert drawing.lines[0].band == "M44.0 10.0L426.0 10.0L426.0 192.0L44.0 192.0Z"
+
+
 @pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.5, 0.5], [math.nan, math.inf], [1e-9, 2e-9], [-5e7, 3e7]])
 def test_every_curve_can_be_drawn_inside_its_frame(values):
     drawing = draw(Chart(title="t", curves=[Curve(name="a", x=list(range(len(values))), y=values)]))
