@@ -16,6 +16,7 @@ import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 INDEX = "model_index.json"
 # As in model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors.
@@ -74,7 +75,7 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, varia
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not give it.
-        ValueError: If the folder holds another kind of pipeline or no safetensors.
+        ValueError: If the folder holds another kind of pipeline, no safetensors or broken ones.
     """
     folder = shapes_folder() if model == "shapes" else Path(model).expanduser()
     if model == "shapes" and not folder.is_dir():
@@ -97,6 +98,12 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, varia
             "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder. "
             "One that has only files such as *.fp16.safetensors needs pipeline.variant: fp16"
         ) from error
+    except SafetensorError as error:
+        broken = _broken(folder) if local else []
+        raise ValueError(
+            f"pipeline.model: {', '.join(map(str, broken)) or model}: not a safetensors file, or truncated ({error}); download it again (in a git clone, "
+            "`git lfs pull`)"
+        ) from error
     if not isinstance(pipe, kind):
         raise ValueError(f"pipeline.model: {model!r} is a {type(pipe).__name__}, needed a {kind.__name__}")
     return pipe
@@ -114,6 +121,18 @@ def _absent(kind: type[DiffusionPipeline], folder: Path) -> dict[str, None]:
         raise ValueError(f"pipeline.model: {folder} is a {parts.get('_class_name')}, needed a {kind.__name__}")
     needed = [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.default is inspect.Parameter.empty]
     return {name: None for name in needed if parts.get(name, [None, None])[0] is None}
+
+
+def _broken(folder: Path) -> list[Path]:
+    """Name the files of weights that cannot be opened."""
+    found = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            found.append(path)
+    return found
 
 
 def _check_variant(folder: Path, variant: str | None) -> None:

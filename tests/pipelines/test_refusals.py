@@ -114,6 +114,20 @@ def test_guidance_that_is_not_linear_is_refused_with_its_residual():
         wrapped(4.5, normalised).encode(PROMPTS)
 
 
+def test_a_combination_that_changes_after_the_recorded_steps_or_with_the_text_is_refused():
+    late = wrapped(4.5, scheduler_input(lambda output, step: output if step < STEPS - 1 else 0.5 * output))
+    cond = late.encode(PROMPTS)  # what is recorded is the first four steps
+    with pytest.raises(ValueError, match=f"in step {STEPS - 1} the pipeline combines its denoiser's outputs otherwise than in its first"):
+        late.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
+    is_other = []
+    flow = wrapped(4.5, scheduler_input(lambda output, step: 1.1 * output if is_other else output))
+    cond = flow.encode(PROMPTS)
+    flow.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
+    is_other.append(True)
+    with pytest.raises(ValueError, match="in step 0 the pipeline combines its denoiser's outputs otherwise"):
+        flow.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
+
+
 def test_a_sign_or_another_factor_is_worked_out():
     flow = wrapped(kind=scheduler_input(lambda output, step: -output))
     done = flow.rollout(flow.encode(PROMPTS), chain(FlowSDE(0.3), STEPS), x_init=initial(), noise=noise)
