@@ -92,17 +92,17 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, varia
     try:
         with quiet():
             pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **told, **(absent | options))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, SafetensorError) as error:
+        broken = _broken(folder) if local else []
+        if broken or isinstance(error, SafetensorError):
+            raise ValueError(
+                f"pipeline.model: {', '.join(map(str, broken)) or model}: not a safetensors file, or truncated ({error}); download it again (in a git "
+                "clone, `git lfs pull`)"
+            ) from error
         raise FileNotFoundError(
             f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub "
             "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder. "
             "One that has only files such as *.fp16.safetensors needs pipeline.variant: fp16"
-        ) from error
-    except SafetensorError as error:
-        broken = _broken(folder) if local else []
-        raise ValueError(
-            f"pipeline.model: {', '.join(map(str, broken)) or model}: not a safetensors file, or truncated ({error}); download it again (in a git clone, "
-            "`git lfs pull`)"
         ) from error
     if not isinstance(pipe, kind):
         raise ValueError(f"pipeline.model: {model!r} is a {type(pipe).__name__}, needed a {kind.__name__}")

@@ -1,5 +1,6 @@
 """What cannot be replayed, or made at all, is refused with the reason, never silently wrong."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -265,6 +266,18 @@ def test_folders_that_are_no_pipeline_are_refused(build, folder, tmp_path, monke
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="is a FluxPipeline, needed a StableDiffusion3Pipeline"):
         build(model=str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"])
+def test_weights_that_cannot_be_opened_are_named(build, folder, tmp_path, part):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / part).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{part}: not a safetensors file, or truncated .*`git lfs pull`"):
+        build(model=str(model))
+    whole = (folder / "text_encoder" / "model.safetensors").read_bytes()
+    (model / "text_encoder" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"text_encoder/model.safetensors: not a safetensors file, or truncated .*download it again"):
+        build(model=str(model))
 
 
 def test_a_model_that_the_hub_does_not_give_says_what_to_do(monkeypatch):
