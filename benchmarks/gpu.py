@@ -50,8 +50,8 @@ class Size:
 
 
 SIZES = {
-    "sd35m": Size(groups=4, group_size=16, rollout_batch_size=16, micro_batch_size=16),
-    "flux": Size(groups=2, group_size=8, rollout_batch_size=8, micro_batch_size=4),
+    "sd35m": Size(groups=2, group_size=8, rollout_batch_size=16, micro_batch_size=16),
+    "flux": Size(groups=2, group_size=4, rollout_batch_size=8, micro_batch_size=4),
 }
 SMOKE = Size(groups=2, group_size=2, rollout_batch_size=4, micro_batch_size=4, pixels=32)
 
@@ -93,8 +93,8 @@ def configuration(model: str, algorithm: str, folder: Path, *, smoke: bool) -> R
     return replace(config, pipeline=settings, algorithm=flow_grpo.Config(kl_penalty=0.004))
 
 
-def measure(pipe: Any, config: RunConfig, *, steps: int, profile: bool) -> dict[str, Any]:
-    """Train a warm-up step and some more; return means over the latter."""
+def measure(pipe: Any, config: RunConfig, *, steps: int, profile: bool, warms_up: bool) -> dict[str, Any]:
+    """Train some steps, after one that warms up where that is still to do; return means over them."""
     denoiser = pipe.transformer
     if vars(denoiser).get("peft_config"):
         denoiser.unload_lora()
@@ -103,14 +103,15 @@ def measure(pipe: Any, config: RunConfig, *, steps: int, profile: bool) -> dict[
     trainer = run.build_trainer(config, accelerator, pipeline=flow)
     trainer.folder.mkdir(parents=True)
     on_gpu = denoiser.device.type == "cuda"
-    began = time.perf_counter()
-    trainer.fit(1)
+    began, before = time.perf_counter(), int(warms_up)
+    if warms_up:
+        trainer.fit(1)
     warm_up = time.perf_counter() - began
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with _profiled(profile, on_gpu):
-        trainer.fit(1 + steps)
-    lines = read_log(trainer.folder / "log.jsonl")[1:]
+        trainer.fit(before + steps)
+    lines = read_log(trainer.folder / "log.jsonl")[before:]
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -151,8 +152,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--ways", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of a cell, after one that warms up")
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds after which no cell begins")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of a cell")
+    parser.add_argument("--limit", type=float, default=360.0, help="seconds after which no cell begins")
     parser.add_argument("--profile", action="store_true", help="print the operations that take most time")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: shows that it runs, measures nothing")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="file for all numbers")
@@ -175,16 +176,19 @@ def main() -> None:
     )
     print("|---" * 10 + "|", flush=True)
     write()
-    for model in options.models:
+    # Models take turns, so that each has its figures early.
+    for way, model in ((way, model) for way in options.ways for model in options.models):
         pipe: Any = None
-        for way, algorithm in ((way, algorithm) for way in options.ways for algorithm in options.algorithms):
+        for algorithm in options.algorithms:
             name = {"model": model, "algorithm": algorithm, "blocks": way}
             if time.perf_counter() - began > options.limit:
                 print(_unmeasured(name, f"not begun: {options.limit:.0f} s are over"), flush=True)
                 continue
             try:
+                # Eager blocks are warm after a pipeline's first cell; other shapes are compiled anew.
+                warms_up = pipe is None or way == "compiled"
                 pipe = pipe or _make(model, device, dtype, smoke=options.smoke)
-                found = _cell(pipe, name, options)
+                found = _cell(pipe, name, options, warms_up=warms_up)
             except torch.OutOfMemoryError as error:
                 found = {"failed": f"out of memory: {str(error).partition(chr(10))[0]}"}
                 pipe = None  # what the cell left on it is in the way of the next
@@ -212,18 +216,18 @@ def _make(model: str, device: str, dtype: torch.dtype, *, smoke: bool) -> Any:
     return pipe
 
 
-def _cell(pipe: Any, name: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+def _cell(pipe: Any, name: dict[str, str], options: argparse.Namespace, *, warms_up: bool) -> dict[str, Any]:
     is_compiled = economy.blocks(pipe.transformer)[0]._compiled_call_impl is not None
     if name["blocks"] == "compiled" and not is_compiled:
         economy.compile_blocks(pipe.transformer, **({"backend": "eager"} if options.smoke else {}))
     with tempfile.TemporaryDirectory() as place:
         config = configuration(name["model"], name["algorithm"], Path(place), smoke=options.smoke)
-        # The pipeline is shared by the cells of a model, so that what one switched on must be switched off for the next.
+        # The pipeline is shared by the algorithms, so that what one switched on must be switched off for the next.
         if config.pipeline.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         else:
             pipe.transformer.disable_gradient_checkpointing()
-        return measure(pipe, config, steps=options.steps, profile=options.profile)
+        return measure(pipe, config, steps=options.steps, profile=options.profile, warms_up=warms_up)
 
 
 def _unmeasured(name: dict[str, str], reason: str) -> str:

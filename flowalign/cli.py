@@ -81,9 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         import torch
 
+        from flowalign.pipelines.loaded_back import NotAsTrained
         from flowalign.train.memory import advise
 
-        if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1" or not isinstance(error, torch.OutOfMemoryError):
+        is_told = isinstance(error, torch.OutOfMemoryError | NotAsTrained)
+        if options.debug or os.environ.get("FLOWALIGN_DEBUG") == "1" or not is_told:
             raise
-        print(f"flowalign: {advise(error)}", file=sys.stderr)
+        print(f"flowalign: {error if isinstance(error, NotAsTrained) else advise(error)}", file=sys.stderr)
         sys.exit(2)

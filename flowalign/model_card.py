@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers import DDIMScheduler
 
 from flowalign import config as configuration
 from flowalign import snapshots
 from flowalign.generate import student_steps
+from flowalign.pipelines.base import FlowPipeline
+from flowalign.pipelines.schedulers import drivable
 from flowalign.run_config import RunConfig
 from flowalign.train.journal import read_log, write_atomically
 
@@ -19,14 +22,14 @@ CARD, PICTURE, BASE_PICTURE = "README.md", "samples.png", "samples_base.png"
 _ROWS = 10  # of the table, spread over the run
 
 
-def write(config: RunConfig, folder: Path, *, step: int, arguments: Mapping[str, Any]) -> Path:
+def write(config: RunConfig, folder: Path, *, step: int, pipeline: FlowPipeline) -> Path:
     """Write the card beside weights, and the run's pictures with it.
 
     Args:
         config: The run's.
         folder: Where the weights are.
         step: Finished steps that the weights have.
-        arguments: What the run's own calls of the pipeline got: sizes, guidance, text length.
+        pipeline: The run's; the card says how to call it so.
 
     Returns:
         The card.
@@ -44,7 +47,7 @@ def write(config: RunConfig, folder: Path, *, step: int, arguments: Mapping[str,
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {config.output.name}",
         f"{'A LoRA of' if is_lora else 'All weights of'} `{base}` after {step} steps of {type(config.algorithm).__module__.rpartition('.')[2]}, seed {config.seed}.",
-        f"```python\n{_usage(config, base, arguments, is_lora=is_lora)}\n```",
+        f"```python\n{_usage(config, base, pipeline, is_lora=is_lora)}\n```",
         "## Scores over the run",
         _table(lines, config),
         *(["## Samples", *(f"{caption}\n\n![{caption}]({name})" for name, caption in pictures.items())] if pictures else []),
@@ -62,20 +65,34 @@ def base_model(config: RunConfig) -> str:
     return Path(model).resolve().name if Path(model).expanduser().is_dir() else model
 
 
-def _usage(config: RunConfig, base: str, arguments: Mapping[str, Any], *, is_lora: bool) -> str:
+def _usage(config: RunConfig, base: str, pipeline: FlowPipeline, *, is_lora: bool) -> str:
     """Say how the weights are loaded, and how images like the run's are made; a distilled student has its own number of steps."""
-    spacing = vars(config.pipeline).get("timestep_spacing")  # of a variance-preserving model, which is sampled by DDIM
-    told = {"num_inference_steps": student_steps(config) or config.pipeline.num_steps, **arguments}
-    words = ", ".join(f"{name}={value!r}" for name, value in told.items() if isinstance(value, int | float | str))
+    family, scheduler = pipeline.family, _scheduler(config, pipeline)
+    told = {"num_inference_steps": student_steps(config) or config.pipeline.num_steps, **family.arguments}
+    told |= {} if family.negative_prompt is None else {"negative_prompt": family.negative_prompt}
+    words = ", ".join(f"{name}={value!r}" for name, value in told.items() if isinstance(value, int | float | str | tuple | list))
+    names = ["DiffusionPipeline", *([] if scheduler is None else [scheduler.partition("(")[0].partition(".")[0]])]
     lines = [
-        "from diffusers import DiffusionPipeline" if spacing is None else "from diffusers import DDIMScheduler, DiffusionPipeline",
+        f"from diffusers import {', '.join(sorted(names))}",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{base if is_lora else "this folder"}")',
         *(['pipe.load_lora_weights("this folder")'] if is_lora else []),
-        *([] if spacing is None else [f'pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="{spacing}")']),
+        *([] if scheduler is None else [f"pipe.scheduler = {scheduler}"]),
         f'image = pipe("a prompt", {words}).images[0]',
     ]
     return "\n".join(lines)
+
+
+def _scheduler(config: RunConfig, pipeline: FlowPipeline) -> str | None:
+    """Write down the scheduler that the run sampled by, where the pipeline may come with another."""
+    kind, settings = drivable(pipeline.pipe.scheduler)
+    if issubclass(kind, DDIMScheduler):
+        spacing = vars(config.pipeline).get("timestep_spacing")
+        spaced = "" if spacing is None else f', timestep_spacing="{spacing}"'
+        return f"DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{spaced})"
+    if isinstance(pipeline.pipe.scheduler, kind):
+        return None
+    return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
 def _table(lines: Sequence[Mapping[str, Any]], config: RunConfig) -> str:

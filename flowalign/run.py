@@ -229,9 +229,9 @@ def run_training(config: RunConfig, *, pipeline: FlowPipeline | None = None, sou
         assert isinstance(trainer.pipeline, FlowPipeline)
         whole = unshared(trainer.pipeline)
         if whole is not None and accelerator.is_main_process:
-            whole.save(config.output / "weights", trainer.result, notes=_notes(config))
             done = read_log(config.output / "log.jsonl")[-1]["step"] + 1
-            model_card.write(config, config.output / "weights", step=done, arguments=whole.family.arguments)
+            whole.save(config.output / "weights", trainer.result, notes=_notes(config, step=done))
+            model_card.write(config, config.output / "weights", step=done, pipeline=whole)
             print(f"weights: {config.output / 'weights'}")
             _save_best(trainer, config, whole)
         accelerator.end_training()
@@ -277,22 +277,22 @@ def _save_best(trainer: Trainer, config: RunConfig, pipeline: FlowPipeline) -> N
     step, state = found
     last = copy.deepcopy(pipeline.roles.state_dict())
     pipeline.roles.load_state_dict(state["roles"])
-    pipeline.save(config.output / "best_weights", trainer.result, notes={**_notes(config), "step": str(step)})
-    model_card.write(config, config.output / "best_weights", step=step, arguments=pipeline.family.arguments)
+    pipeline.save(config.output / "best_weights", trainer.result, notes=_notes(config, step=step))
+    model_card.write(config, config.output / "best_weights", step=step, pipeline=pipeline)
     pipeline.roles.load_state_dict(last)
     print(f"best weights: {config.output / 'best_weights'} (step {step}: {trainer.best.by} {trainer.best.value:.4f})")
 
 
-def _notes(config: RunConfig) -> dict[str, str]:
-    """Say in the file what it was trained on and how."""
-    lines = read_log(config.output / "log.jsonl")
+def _notes(config: RunConfig, *, step: int) -> dict[str, str]:
+    """Say in the file what it was trained on and how, after so many finished steps."""
+    lines = [line for line in read_log(config.output / "log.jsonl") if line["step"] < step]
     encoded = configuration.encode(config)
     return {
         "base_model": model_card.base_model(config),
         "algorithm": json.dumps(encoded["algorithm"]),
         "advantage": json.dumps(encoded["advantage"]),
         "seed": str(config.seed),
-        "steps": str(config.steps),
+        "steps": str(step),
         "last_rewards": json.dumps(lines[-1]["reward"] if lines else {}),
     }
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from flowalign.pipelines.base import FlowPipeline
-from flowalign.pipelines.combine import LimitedNorm, Rescale, SameNorm
+from flowalign.pipelines.combine import After, LimitedNorm, Rescale, SameNorm
 from flowalign.pipelines.family import Family, ModelConfig, attention_targets
 from flowalign.pipelines.loading import index_of
 from flowalign.pipelines.worked_out import describe, verify, work_out
@@ -72,11 +72,7 @@ class Config(ModelConfig):
             targets=attention_targets(pipe.components[parts[0]]),
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt if guided else None,
-            afters=(
-                SameNorm(),
-                Rescale(float(arguments.get("guidance_rescale", 0.0))),
-                LimitedNorm(float(arguments.get("cfg_normalization", 0.0))),
-            ),
+            afters=_afters(arguments),
         )
 
     def build(self, *, device: Any = "cpu", seed: int = 0) -> FlowPipeline:
@@ -90,3 +86,9 @@ class Config(ModelConfig):
         verify(flow)
         print(describe(flow), file=sys.stderr)
         return flow
+
+
+def _afters(arguments: Mapping[str, Any]) -> tuple[After, ...]:
+    """Return what is known to be done to guided predictions, as far as the arguments do not switch it off."""
+    share, limit = (float(arguments.get(name, 0.0)) for name in ("guidance_rescale", "cfg_normalization"))
+    return (SameNorm(), *([Rescale(share)] if share > 0 else []), *([LimitedNorm(limit)] if limit > 0 else []))

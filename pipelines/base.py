@@ -59,7 +59,7 @@ class FlowPipeline:
         if lora is None:
             # All weights are trained: half precision cannot hold updates of 1e-4 of a weight, so it is left to autocast.
             self.denoiser.float()
-        self.roles = Roles(self.denoiser, lora, family.targets, seed=seed)
+        self.roles = Roles(self.denoiser, lora, family.targets, seed=seed, unused=family.unused)
         self.module = self.denoiser
         self.modules: dict[str, nn.Module] = {}
         self._encoded: dict[str, tuple[Leaf, ...]] = {}  # the latest use last
@@ -364,7 +364,8 @@ class FlowPipeline:
     def save(self, folder: Path, role: str = CURRENT, *, notes: Mapping[str, str] | None = None) -> None:
         """Write a role: LoRA through the pipeline's own ``save_lora_weights``, full weights through ``save_pretrained``.
 
-        The files are loaded into a fresh copy of the base and compared, by weights, velocities and pixels, before they take their name.
+        The files are loaded back and compared, by weights, velocities and pixels, before they take their name: a LoRA as a further adapter of the
+        live network; of full weights the denoiser as a network of its own, and the parts beside it by weights alone.
 
         Args:
             folder: Where to.

@@ -119,7 +119,7 @@ def learn_combination(
         outputs: For each step the outputs of its calls, copies apart.
         steps: The steps.
         scales: Guidance scales that the pipeline was called with.
-        afters: What its family may do to a guided prediction.
+        afters: What its family does to a guided prediction as it is set; tried before plain guidance.
 
     Raises:
         ValueError: If nothing does; the reason is named.
@@ -149,7 +149,8 @@ def _candidates(num: int, scales: Sequence[float], afters: Sequence[After]) -> l
     if num != 2:
         return []
     choices: product[tuple[After | None, Literal[1, -1], Literal["unconditional", "conditional"], int, float]]
-    choices = product((None, *afters), (1, -1), ("unconditional", "conditional"), (0, 1), scales)
+    # Plain guidance last: a limit of norms that acts on no recorded sample leaves the same bits, and acts on others.
+    choices = product((*afters, None), (1, -1), ("unconditional", "conditional"), (0, 1), scales)
     return [
         Guidance(unconditional=u, conditional=1 - u, scale=scale, anchor=anchor, sign=sign, after=after)
         for after, sign, anchor, u, scale in choices

@@ -61,9 +61,11 @@ class Family:
         denoiser: The pipeline's attribute that holds the denoiser.
         arguments: What every call of the pipeline gets: sizes, guidance, text length.
         targets: Default LoRA targets.
+        untargeted: Last names of the attention layers that the default targets leave out.
+        unused: Names of layers whose output nothing reads, so that no gradient ever reaches them: they are not trained.
         guidance_scale: The guidance among the arguments that combines outputs of the denoiser.
         negative_prompt: Passed once per sample; None for the pipeline's own default.
-        afters: What may be done to a guided prediction; whether it is done is read off the recording.
+        afters: What may be done to a guided prediction and is not switched off; whether it is done is read off the recording.
         fix: From the recorded arguments of each denoiser call to such as do not depend on the length of the text; None where they do not.
         event_shape: Shape of the latents of one sample; None reads it off.
         embeds: From conditioning to the arguments of ``__call__`` that carry prompt embeddings; None lets the denoiser be told its
@@ -74,6 +76,8 @@ class Family:
     denoiser: str
     arguments: Arguments
     targets: tuple[str, ...]
+    untargeted: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     guidance_scale: float = 1.0
     negative_prompt: str | None = None
     afters: tuple[After, ...] = ()

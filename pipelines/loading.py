@@ -16,6 +16,7 @@ import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 INDEX = "model_index.json"
 # As in model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors.
@@ -74,7 +75,7 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, varia
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not give it.
-        ValueError: If the folder holds another kind of pipeline or no safetensors.
+        ValueError: If the folder holds another kind of pipeline, no safetensors or broken ones.
     """
     folder = shapes_folder() if model == "shapes" else Path(model).expanduser()
     if model == "shapes" and not folder.is_dir():
@@ -91,7 +92,13 @@ def load(kind: type[DiffusionPipeline], model: str, *, dtype: torch.dtype, varia
     try:
         with quiet():
             pipe = kind.from_pretrained(str(folder) if local else model, dtype=dtype, use_safetensors=True, **told, **(absent | options))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, SafetensorError) as error:
+        broken = _broken(folder) if local else []
+        if broken or isinstance(error, SafetensorError):
+            raise ValueError(
+                f"pipeline.model: {', '.join(map(str, broken)) or model}: not a safetensors file, or truncated ({error}); download it again (in a git "
+                "clone, `git lfs pull`)"
+            ) from error
         raise FileNotFoundError(
             f"pipeline.model: {'' if local else 'no such folder, and as a hub model '}{model!r} could not be loaded: {error}. For a hub "
             "model check its name, accept its licence on its page and log in with `hf auth login`, or download it once and give the folder. "
@@ -114,6 +121,18 @@ def _absent(kind: type[DiffusionPipeline], folder: Path) -> dict[str, None]:
         raise ValueError(f"pipeline.model: {folder} is a {parts.get('_class_name')}, needed a {kind.__name__}")
     needed = [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.default is inspect.Parameter.empty]
     return {name: None for name in needed if parts.get(name, [None, None])[0] is None}
+
+
+def _broken(folder: Path) -> list[Path]:
+    """Name the files of weights that cannot be opened."""
+    found = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            found.append(path)
+    return found
 
 
 def _check_variant(folder: Path, variant: str | None) -> None:

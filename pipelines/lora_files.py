@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flowalign.pipelines.economy import parts_beside
 from flowalign.pipelines.fingerprint import fingerprint
 from flowalign.pipelines.loaded_back import Loaded, NotAsTrained, compare_behaviour, compare_tensors
 from flowalign.pipelines.loading import quiet, shapes_folder
-from flowalign.pipelines.roles import CURRENT
+from flowalign.pipelines.roles import CURRENT, is_within
 
 if TYPE_CHECKING:
     from flowalign.pipelines.base import FlowPipeline
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NOTES = "flowalign"  # what our entries of the metadata begin with
 _CHECK = "loaded_back"
-_BASE = "base_fingerprint"
+_BASE, _BASE_DTYPE = "base_fingerprint", "base_dtype"
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"  # as diffusers names them
 
 
@@ -96,7 +97,7 @@ def _save_lora(pipeline: FlowPipeline, folder: Path, role: str, notes: Mapping[s
         **{f"{name}_lora_layers": trained, f"{name}_lora_adapter_metadata": roles.lora_metadata()},
         safe_serialization=True,
     )
-    _annotate(folder / LORA_FILE, {**notes, _BASE: fingerprint(roles)})
+    _annotate(folder / LORA_FILE, {**notes, _BASE: fingerprint(roles), _BASE_DTYPE: str(pipeline.dtype).removeprefix("torch.")})
     stored = {key.removeprefix(f"{name}."): value for key, value in load_file(folder / LORA_FILE).items()}
     compare_tensors(stored, trained)  # first, so that what is loaded below has no layers but those that there are
     return partial(_check_lora, pipeline, folder, role)
@@ -167,7 +168,25 @@ def _check_full(pipeline: FlowPipeline, network: nn.Module, role: str, folder: P
     """Compare a written pipeline with the role that it was written from."""
     fresh = read_back(pipeline, network, folder).to(pipeline.device)
     compare_tensors(dict(fresh.named_parameters()), dict(network.named_parameters()))
+    compare_parts_beside(pipeline, folder)
     compare_behaviour(pipeline, role, Loaded(network=fresh, pipe=with_denoiser(pipeline, fresh)))
+
+
+def compare_parts_beside(pipeline: FlowPipeline, folder: Path) -> None:
+    """Load the written parts beside the denoiser into main memory, one after the other, and compare their weights.
+
+    Raises:
+        NotAsTrained: If one differs.
+    """
+    for name, part in parts_beside(pipeline.pipe, pipeline.family.denoiser).items():
+        with quiet(level=logging.ERROR):
+            loader: Any = type(part)
+            dtype = next(part.parameters()).dtype
+            found = loader.from_pretrained(folder, subfolder=name, use_safetensors=True, dtype=dtype)
+        try:
+            compare_tensors(found.state_dict(), part.state_dict())
+        except NotAsTrained as error:
+            raise NotAsTrained(f"{name}: {error}") from error
 
 
 def _save_full(pipeline: FlowPipeline, folder: Path, role: str, notes: Mapping[str, str]) -> Callable[[], None]:
@@ -231,7 +250,9 @@ def load(pipeline: FlowPipeline, folder: Path) -> None:
     _check_base(pipeline, path)
     prefix = f"{pipeline.family.denoiser}."
     try:
-        pipeline.roles.load(CURRENT, {key.removeprefix(prefix): value for key, value in stored.items()})
+        named = {key.removeprefix(prefix): value for key, value in stored.items()}
+        # Other trainers write adapters of layers whose output nothing reads.
+        pipeline.roles.load(CURRENT, {key: value for key, value in named.items() if not is_within(key, pipeline.roles.unused)})
     except ValueError as error:
         raise ValueError(f"{path}: not a LoRA of these layers and this base: {error}") from error
 
@@ -243,7 +264,8 @@ def _check_base(pipeline: FlowPipeline, path: Path) -> None:
     here = _name_of(str(pipeline.pipe.config.get("_name_or_path") or ""))
     if base == fingerprint(pipeline.roles):
         return
-    if base and pipeline.dtype != torch.float16:  # which rounds the same base to another fingerprint
+    is_half = pipeline.dtype == torch.float16 or notes.get(_BASE_DTYPE) == "float16"
+    if base and not is_half:  # float16 rounds the same base to another fingerprint
         raise ValueError(
             f"{path}: is a LoRA of another base{f' ({trained_on})' if trained_on else ''} than {here or 'this model'}, whose weights differ; load the "
             "base that it was trained on, or train on this one"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.pipelines.loaded_back import Loaded, compare_behaviour, compare_tensors
-from flowalign.pipelines.lora_files import atomically, checked, read_back, with_denoiser, write_pipeline
+from flowalign.pipelines.lora_files import atomically, checked, compare_parts_beside, read_back, with_denoiser, write_pipeline
 from flowalign.pipelines.roles import CURRENT, REFERENCE, Roles
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def _check(pipeline: FlowPipeline, network: nn.Module, role: str, folder: Path) 
     """Compare a merged pipeline with what was merged, and by its layers, put into the live network, with the role."""
     fresh = read_back(pipeline, network, folder)
     compare_tensors(dict(network.named_parameters()), dict(fresh.named_parameters()))
+    compare_parts_beside(pipeline, folder)
     weights = {name: fresh.get_parameter(f"{name}.weight") for name in pipeline.roles.layers}
     live = pipeline.roles.module
     loaded = Loaded(network=live, pipe=with_denoiser(pipeline, live), acting=lambda: _acting(pipeline.roles, weights))

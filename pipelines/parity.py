@@ -170,17 +170,18 @@ def _row_by_row(it: Subject, table: Transitions, cond: Conditioning) -> Tensor:
 
 
 def adapters_reach_attention(it: Subject) -> Finding:
-    """Count the attention layers that the default targets reach, and name one that they miss."""
+    """Count the attention layers that the targets reach; those that they miss are what the family leaves out, or the user."""
     roles = it.flow.roles
     if roles.lora is None:
         return Finding(check="LoRA reaches the attention", passed=True, found="all weights are trained")
     attention = attention_layers(roles.module)
     missed = [name for name in attention if not any(layer.startswith(f"{name}.") for layer in roles.layers)]
+    undeclared = [name for name in missed if name.rpartition(".")[2] not in it.flow.family.untargeted]
     found = f"{len(attention) - len(missed)} of {len(attention)} layers, {roles.num_layers} matrices"
     return Finding(
         check="LoRA reaches the attention",
-        # Published targets may leave some out (SD3.5's second attention); which, is said.
-        passed=len(missed) < len(attention),
+        # Published targets may leave some out (SD3.5's second attention), and targets of one's own what they like; which, is said.
+        passed=len(missed) < len(attention) and (roles.lora.targets is not None or not undeclared),
         found=found + (f"; without {', '.join(missed[:3])}" if missed else ""),
     )
 

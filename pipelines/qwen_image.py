@@ -36,6 +36,7 @@ class Config(ModelConfig):
         """Say what cannot be read off."""
         factor = pipe.vae_scale_factor
         height, width = self.size(pipe, unit=2 * factor, default=pipe.default_sample_size * factor)
+        last = f"transformer_blocks.{pipe.transformer.config.num_layers - 1}"
         return Family(
             denoiser="transformer",
             arguments={
@@ -45,6 +46,7 @@ class Config(ModelConfig):
                 "max_sequence_length": self.max_sequence_length,
             },
             targets=JOINT_ATTENTION,
+            unused=(f"{last}.attn.to_add_out", f"{last}.txt_mlp"),  # the last block's text is thrown away
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt if self.guidance_scale > 1 else None,
             afters=(SameNorm(),),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.core.rollout import Take
+from flowalign.pipelines.combine import TOLERANCE
 from flowalign.pipelines.frames import enter
 from flowalign.pipelines.record import Left
 from flowalign.pipelines.replay import Replay, differences
@@ -18,8 +19,8 @@ from flowalign.pipelines.schedulers import Schedule
 class Recorder:
     """Drives one call of a pipeline; the state is float32 inside, the pipeline sees a cast copy.
 
-    What must hold (nothing edits the latents, the denoiser is told the same in every step, and just what a replay will tell it) is compared on
-    the device and read once, in ``check``: no step waits for the device.
+    What must hold (nothing edits the latents, the denoiser is told the same in every step, and just what a replay will tell it, and what it answers
+    is combined as a replay will combine it) is compared on the device and read once, in ``check``: no step waits for the device.
 
     Attributes:
         start: First step of the schedule that is taken.
@@ -52,6 +53,7 @@ class Recorder:
         self._schedule = Schedule(sigmas=torch.empty(0))
         self._sigmas = torch.empty(0)
         self._calls = 0
+        self._outputs: list[Tensor] = []
         self._instead = [dict(arguments) for arguments in expected] if is_told else None
         self._flags: list[tuple[str, Tensor | bool]] = []
         self._edits: list[tuple[str, Tensor | bool]] = []
@@ -96,7 +98,9 @@ class Recorder:
         return None if self._instead is None else {**arguments, **self._instead[number]}
 
     def answer(self, output: Any) -> None:
-        """Let the pipeline combine it."""
+        """Keep it, and let the pipeline combine it."""
+        rule = self._replay.calls[self._calls - 1]
+        self._outputs += [part.to(self._replay.output_dtype) for part in rule.outputs(output)]
 
     def step(self, index: int, model_output: Tensor, sample_seen: Tensor) -> Tensor:
         """Let the plan make the step; leave the call where it is to stop."""
@@ -106,6 +110,7 @@ class Recorder:
             )
         self._calls = 0
         self._compare(index, sample_seen)
+        self._compare_combination(index, model_output)
         now, then = self._sigmas[index - self.start], self._sigmas[index - self.start + 1]
         velocity = self._replay.frame.velocity(model_output.float(), self.latents, now)
         self.levels.append(now)
@@ -153,6 +158,19 @@ class Recorder:
         self._shown = x.to(dtype)
         self._version = self._shown._version
         return self._shown
+
+    def _compare_combination(self, index: int, prediction: Tensor) -> None:
+        outputs, self._outputs = self._outputs, []
+        reason = (
+            f"in step {index} the pipeline combines its denoiser's outputs otherwise than in its first steps; guidance that changes on the way or "
+            "with the text cannot be replayed"
+        )
+        if any(part.shape != prediction.shape for part in outputs):
+            self._flags.append((reason, True))
+            return
+        expected = prediction.float()
+        apart = (self._replay.combine(outputs).float() - expected).norm()
+        self._flags.append((reason, apart > TOLERANCE.get(prediction.dtype, 1e-5) * expected.norm().clamp(min=1e-12)))
 
     def _compare(self, index: int, seen: Tensor) -> None:
         # An edit in place leaves the object but not its version.

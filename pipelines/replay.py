@@ -97,7 +97,7 @@ def learn_replay(
     Args:
         steps: Recorded at different noise levels, with outputs.
         scales: Guidance scales that the pipeline was called with.
-        afters: What its family may do to a guided prediction.
+        afters: What its family does to a guided prediction as it is set.
         frame: The pipeline's coordinates; None for a flow's.
 
     Returns:

@@ -50,23 +50,26 @@ class Roles:
     Attributes:
         module: The denoiser.
         lora: Its adapters' settings; None if all weights are trained.
+        unused: Layers that no gradient ever reaches: they get no adapter, and their weights are not trained.
         names: The roles, ``current`` first. With LoRA ``reference`` is always among them.
         active: The role that the module acts as right now; only ``use`` changes it.
     """
 
-    def __init__(self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0) -> None:
-        self.module, self.lora = module, lora
+    def __init__(
+        self, module: nn.Module, lora: LoRA | None, targets: tuple[str, ...], *, seed: int = 0, unused: tuple[str, ...] = ()
+    ) -> None:
+        self.module, self.lora, self.unused = module, lora, unused
         self._copies: dict[str, nn.Module] = {}
         self._trained = {CURRENT}
         self._layers: dict[str, LoraLayer] = {}
-        self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets)
+        self._config = None if lora is None else _peft_config(module, lora, lora.targets or targets, unused)
         self.active = CURRENT
         self._guest: str | None = None
         if lora is not None and not isinstance(module, PeftAdapterMixin):
             raise ValueError(
                 f"pipeline.lora: diffusers puts no adapters on a {type(module).__name__}; set pipeline.lora to null to train all weights"
             )
-        module.requires_grad_(lora is None)
+        self._train_all(module, lora is None)
         if self._config is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -75,6 +78,11 @@ class Roles:
             self._widen(CURRENT)
         self.names = [CURRENT] if lora is None else [CURRENT, REFERENCE]
         self._select(CURRENT)
+
+    def _train_all(self, module: nn.Module, trained: bool) -> None:
+        """Make all weights trainable or none; DDP waits for the gradient of each that is, so those that never get one are not."""
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trained and not is_within(name, self.unused))
 
     def _widen(self, name: str) -> None:
         for parameter in self._adapter(name).values():
@@ -103,7 +111,8 @@ class Roles:
 
     def trainable_parameters(self, name: str = CURRENT) -> list[nn.Parameter]:
         """Return what an optimizer moves: the parameters of a role that is trained."""
-        return [parameter for parameter in self.parameters(name).values() if isinstance(parameter, nn.Parameter)]
+        own = self.parameters(name)
+        return [value for key, value in own.items() if isinstance(value, nn.Parameter) and not is_within(key, self.unused)]
 
     def is_trained(self, name: str) -> bool:
         """Tell whether a role carries gradient."""
@@ -138,7 +147,8 @@ class Roles:
         if trained:
             self._trained.add(name)
         if self.lora is None:
-            self._copies[name] = copy.deepcopy(self.module).requires_grad_(trained)
+            self._copies[name] = copy.deepcopy(self.module)
+            self._train_all(self._copies[name], trained)
         else:
             # The fork keeps torch's global generator out of it: these first weights are overwritten at once.
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -296,17 +306,24 @@ class Roles:
             value.copy_(tensors[key])
 
 
-def _peft_config(module: nn.Module, lora: LoRA, targets: tuple[str, ...]) -> LoraConfig:
+def is_within(name: str, layers: tuple[str, ...]) -> bool:
+    """Tell whether a name is that of one of the layers, or of a part of one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+
+
+def _peft_config(module: nn.Module, lora: LoRA, targets: tuple[str, ...], unused: tuple[str, ...]) -> LoraConfig:
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             endings = sorted({".".join(name.split(".")[-num:]) for name in linear for num in (1, 2)})
             near = difflib.get_close_matches(target, endings, n=5, cutoff=0.4) or endings[:20]
             raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(near)}")
+    matched = [name for name in linear if any(name == target or name.endswith(f".{target}") for target in targets)]
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(targets),
+        exclude_modules=[name for name in matched if is_within(name, unused)] or None,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         lora_dropout=0.0,  # dropout would make the rollout's network another one than the trained one
     )

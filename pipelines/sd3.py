@@ -55,6 +55,7 @@ class Config(ModelConfig):
             embeds=lambda cond: _embeds(cond, guided),
             decode=_decode,
             targets=JOINT_ATTENTION,
+            untargeted=("attn2",),  # of SD 3.5 Medium's first blocks, as published
         )
 
 

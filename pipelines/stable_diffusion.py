@@ -63,5 +63,5 @@ class Config(ModelConfig):
             },
             targets=TARGETS,
             guidance_scale=self.guidance_scale,
-            afters=(Rescale(self.guidance_rescale),),
+            afters=(Rescale(self.guidance_rescale),) if self.guidance_rescale > 0 else (),
         )

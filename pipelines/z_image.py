@@ -47,5 +47,5 @@ class Config(ModelConfig):
             },
             targets=TARGETS,
             guidance_scale=self.guidance_scale,
-            afters=(LimitedNorm(self.cfg_normalization),),
+            afters=(LimitedNorm(self.cfg_normalization),) if self.cfg_normalization > 0 else (),
         )

@@ -39,10 +39,11 @@ class Config:
     Attributes:
         weighting: Weight of the matching error: "ghuber" (released code, p = 0.25), "uniform" (paper), "sigma", "sigma_squared" or "huber".
         num_levels: Noise levels that every image is trained at in an update, one from each stratum.
-        levels: "discrete" takes levels of the rollout's grid, never pure noise (released code); "uniform" draws from [lowest_level, 1].
+        levels: "discrete" takes levels of the rollout's grid, never pure noise (released code for GenEval and OCR, where it is called
+            "discrete_wo_init"); "discrete_from_noise" may take pure noise too (for PickScore, "discrete" there); "uniform" draws from [lowest_level, 1].
         own_levels: Draw levels for each image, not one set for all images of an update (released code): a gradient that is averaged over levels has less
             noise.
-        level_fraction: With "discrete": the share of the grid, from the noisy end, that levels are taken from.
+        level_fraction: With levels of the grid: the share of the grid, from the noisy end, that levels are taken from.
         lowest_level: With "uniform": the lowest level before the shift.
         level_shift: With "uniform": shift of the levels that are drawn; 1 for none.
         advantage_clip: Advantages are clipped to this size: what a recipe leaves unbounded would leave the loss unbounded below ...
@@ -60,7 +61,7 @@ class Config:
 
     weighting: Literal["uniform", "sigma", "sigma_squared", "huber", "ghuber"] = "ghuber"
     num_levels: int = 6
-    levels: Literal["discrete", "uniform"] = "discrete"
+    levels: Literal["discrete", "discrete_from_noise", "uniform"] = "discrete"
     own_levels: bool = False
     level_fraction: float = 0.9
     lowest_level: float = 0.2
@@ -97,14 +98,15 @@ class Config:
         return AWM(self)
 
 
-def discrete_levels(sigmas: Tensor, num_levels: int, fraction: float, draws: list[float]) -> Tensor:
-    """Choose one level of the grid from each of ``num_levels`` bins, never the first (pure noise).
+def discrete_levels(sigmas: Tensor, num_levels: int, fraction: float, draws: list[float], *, first: int = 1) -> Tensor:
+    """Choose one level of the grid from each of ``num_levels`` bins.
 
     Args:
         sigmas: The rollout's grid, ``[steps + 1]``, decreasing.
         num_levels: Number of bins.
         fraction: Share of the steps, from the noisy end, that the bins cover.
         draws: One uniform number in [0, 1) for each bin.
+        first: Where the first bin begins; 1 leaves pure noise out.
 
     Returns:
         Levels ``[num_levels]``.
@@ -113,7 +115,8 @@ def discrete_levels(sigmas: Tensor, num_levels: int, fraction: float, draws: lis
         ValueError: If the grid has fewer steps than bins.
 
     References:
-        Released AWM code, "discrete_wo_init": bin edges ``int(linspace(1, int(steps * fraction), num_levels + 1))``.
+        Released AWM code, "discrete_wo_init" (``first`` 1) and "discrete" (0): bin edges ``int(linspace(first, int(steps * fraction), num_levels + 1))``.
+        Deviation: its grid begins at 0.999, ours at pure noise.
 
     Examples:
         >>> grid = torch.linspace(1, 0, 15)
@@ -121,10 +124,10 @@ def discrete_levels(sigmas: Tensor, num_levels: int, fraction: float, draws: lis
         True
     """
     num_steps = len(sigmas) - 1
-    edges = [int(edge) for edge in torch.linspace(1, int(num_steps * fraction), num_levels + 1, dtype=torch.float64).tolist()]
+    edges = [int(edge) for edge in torch.linspace(first, int(num_steps * fraction), num_levels + 1, dtype=torch.float64).tolist()]
     if len(set(edges)) <= num_levels:
         raise ValueError(
-            f"num_levels: {num_levels} levels do not fit into {int(num_steps * fraction) - 1} usable steps of the rollout "
+            f"num_levels: {num_levels} levels do not fit into {int(num_steps * fraction) - first} usable steps of the rollout "
             f"(num_steps {num_steps}, level_fraction {fraction}); lower num_levels, raise num_steps or use levels: uniform"
         )
     pairs = zip(edges[:-1], edges[1:], draws, strict=True)
@@ -161,8 +164,9 @@ class AWM(OnePolicy):
 
     def _levels(self, sigmas: Tensor, draws: list[float]) -> Tensor:
         config = self.config
-        if config.levels == "discrete":
-            return discrete_levels(sigmas, config.num_levels, config.level_fraction, draws)
+        if config.levels != "uniform":
+            first = 0 if config.levels == "discrete_from_noise" else 1
+            return discrete_levels(sigmas, config.num_levels, config.level_fraction, draws, first=first)
         strata = torch.tensor([(i + draw) / config.num_levels for i, draw in enumerate(draws)])
         return shift_sigmas(config.lowest_level + (1 - config.lowest_level) * strata, config.level_shift)
 

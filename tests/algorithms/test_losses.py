@@ -86,6 +86,18 @@ def test_awm_discrete_levels_are_the_rollouts_and_never_pure_noise():
     assert seen == {(0.8, 0.55), (0.8, 0.3)}
 
 
+def test_awm_discrete_levels_may_begin_at_pure_noise():
+    built = awm_config(levels="discrete_from_noise", num_levels=2, level_fraction=1.0)
+    rows = [built.rows(experience(images()), Update(seed=0, step=step, index=0)) for step in range(40)]
+    levels = [tuple(round(float(level), 2) for level in row["sigma"].view(6, 2)[0]) for row in rows]
+    assert {first for first, _ in levels} == {1.0, 0.8}
+    assert {second for _, second in levels} == {0.55, 0.3}
+    # The released code's bins of 14 steps, of which the noisier 90 % are used.
+    grid = torch.linspace(1, 0, 15)
+    chosen = awm.discrete_levels(grid, 6, 0.9, [0.0] * 6, first=0)
+    assert torch.equal(chosen, grid[[0, 2, 4, 6, 8, 10]])
+
+
 def test_awm_minimises_the_advantage_times_the_matching_error_plus_the_penalties():
     built = awm_config(reference_penalty=0.3, slow_penalty=0.2)
     rows = built.rows(experience(images()), Update(seed=0, step=0, index=0))

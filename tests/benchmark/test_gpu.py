@@ -38,7 +38,8 @@ def test_a_cell_without_memory_is_told_and_the_others_go_on(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", asked)
     made, seen = [], []
 
-    def cell(pipe, name, options):
+    def cell(pipe, name, options, *, warms_up):
+        assert warms_up  # each pipeline is a new one
         seen.append(pipe)
         if len(seen) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowalign.core.kernels import DDIM, FlowSDE
@@ -205,16 +206,39 @@ def test_an_autoencoder_that_cannot_be_sliced_is_refused():
         economy.spare_autoencoder(pipe, slicing=True, tiling=False)
 
 
+class NoCopies(TorchDispatchMode):
+    """Refuses to bring anything to the device while ``is_on``: from pageable memory that waits for whatever the device is at."""
+
+    def __init__(self, is_on):
+        super().__init__()
+        self.is_on = is_on
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.is_on():
+            to = str(kwargs.get("device"))
+            if function is torch.ops.aten._to_copy.default:
+                assert not (to == "meta" and args[0].device.type == "cpu"), "a copy to the device"
+            if function is torch.ops.aten.copy_.default:
+                assert not (args[0].device.type == "meta" and args[1].device.type == "cpu"), "a copy to the device"
+            if function is torch.ops.aten.index.Tensor and args[0].device.type == "meta":
+                assert not any(index is not None and index.device.type == "cpu" for index in args[1]), "indices on the CPU"
+        return function(*args, **kwargs)
+
+
 class Reached(Exception):
     """How many steps were taken before anything was read."""
 
 
 @pytest.mark.parametrize("case", ["sd3 guided", "flux dev", "sd 1.5 guided", "sdxl guided", "qwen_image guided", "z_image guided"])
 def test_no_denoising_step_waits_for_the_device(case, monkeypatch):
-    """On a device that has no numbers, whoever reads one fails: only the schedule before the first step and the checks after the last."""
+    """On a device that has no numbers, whoever reads one fails: only the schedule before the first step and the checks after the last.
+
+    Nor is anything brought there meanwhile, but for what denoisers do inside (tables of positions): what steps draw is on its way before the first.
+    """
     flow = families.build(case)
     plan = chain(DDIM(1.0) if flow.family.denoiser == "unet" else FlowSDE(0.7), flow.num_steps)
-    cond, draws = flow.encode(PROMPTS), lambda step: noise_of(flow, seed=step + 1).to(flow.device)
+    cond, draws = flow.encode(PROMPTS), lambda step: noise_of(flow, seed=step + 1)
     flow.rollout(cond, plan, x_init=noise_of(flow), noise=draws)  # what is learnt at the first call
     flow.pipe.to("meta")
     stand_in = flow.learnt().stand_in
@@ -252,7 +276,10 @@ def test_no_denoising_step_waits_for_the_device(case, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     monkeypatch.setattr(Recorder, "call", call)
     monkeypatch.setattr(Recorder, "check", reached)
-    with pytest.raises(Reached) as end:
+    inside = [False]
+    flow.denoiser.register_forward_pre_hook(lambda *args: inside.__setitem__(0, True))
+    flow.denoiser.register_forward_hook(lambda *args: inside.__setitem__(0, False))
+    with pytest.raises(Reached) as end, NoCopies(lambda: not may_read[0] and not inside[0]):
         flow.rollout(cond.to("meta"), plan, **options)
     assert end.value.args == (flow.num_steps,)
     assert not may_read[0]

@@ -1,10 +1,14 @@
 """Files of every family load in a bare diffusers pipeline and make the same pictures."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flowalign.core.plans import ode
 from flowalign.pipelines import loaded_back, lora_files, merging, parity
+from flowalign.pipelines.fingerprint import fingerprint
 from flowalign.pipelines.loading import shapes_folder
 from flowalign.pipelines.roles import LoRA
 from flowalign.pipelines.watch import own_images
@@ -37,6 +41,7 @@ def test_a_saved_adapter_gives_the_same_images_in_a_bare_pipeline(case, tmp_path
     assert (written - base).abs().max() > 1e-2
     notes = lora_files.notes_of(tmp_path / "weights")
     assert len(notes.pop("base_fingerprint")) == 32
+    assert notes.pop("base_dtype") == "float32"
     assert notes == {"base_model": "owner/base", "seed": "7"}
     assert lora_files.settings(tmp_path / "weights")[:2] == (4, 8.0)
     again = build(case)
@@ -166,3 +171,49 @@ def test_the_shipped_pipeline_has_the_name_that_configurations_give_it(tmp_path)
     (tmp_path / "mine").mkdir()
     assert lora_files._name_of(str(tmp_path / "mine")) == "mine"
     assert lora_files._name_of("") == ""
+
+
+def test_a_lora_of_a_float16_base_is_taken_by_the_same_base_in_float32(tmp_path, monkeypatch):
+    """Rounded to float16 first, the same weights have another fingerprint: a warning is all that another name gets."""
+    monkeypatch.setattr(lora_files, "compare_behaviour", lambda *args, **options: None)  # which a CPU is slow at
+    half = trained("sd 1.5", pipe=pipeline("sd 1.5").to(torch.float16))
+    half.save(tmp_path / "weights", notes={"base_model": "owner/base"})
+    assert lora_files.notes_of(tmp_path / "weights")["base_dtype"] == "float16"
+    flow = build("sd 1.5")
+    assert fingerprint(flow.roles) != fingerprint(half.roles)
+    flow.load_lora(tmp_path / "weights")
+    assert all(torch.equal(value, half.roles.parameters("current")[name]) for name, value in flow.roles.parameters("current").items())
+    other = build("sd 1.5")
+    other.pipe.register_to_config(_name_or_path="models/another")
+    with pytest.warns(UserWarning, match="was trained on owner/base, and is loaded into another"):
+        other.load_lora(tmp_path / "weights")
+
+
+def test_parts_beside_the_denoiser_are_compared_too(tmp_path, monkeypatch):
+    flow, write = build("sd 1.5", lora=None), lora_files.write_pipeline
+
+    def spoilt(pipeline, network, folder, notes):
+        write(pipeline, network, folder, notes)
+        path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors["decoder.conv_in.bias"] += 1e-3
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(lora_files, "write_pipeline", spoilt)
+    with pytest.raises(loaded_back.NotAsTrained, match=r"vae: decoder.conv_in.bias is not what was trained"):
+        flow.save(tmp_path / "weights")
+
+
+def test_adapters_of_layers_that_nothing_reads_are_left_out_of_what_others_wrote(tmp_path):
+    flow = trained("qwen_image")
+    own = {f"transformer.{name}": value.clone() for name, value in flow.roles.lora_state_dict("current").items()}
+    place = "transformer.transformer_blocks.1.attn.to_add_out"
+    others = {f"{place}.lora_A.weight": torch.ones(4, 32), f"{place}.lora_B.weight": torch.ones(32, 4)}
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": list(flow.family.targets)}
+    (tmp_path / "weights").mkdir()
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(own | others, tmp_path / "weights" / lora_files.LORA_FILE, metadata=metadata)
+    again = build("qwen_image")
+    again.load_lora(tmp_path / "weights")
+    mine = flow.roles.parameters("current")
+    assert all(torch.equal(value, mine[name]) for name, value in again.roles.parameters("current").items())

@@ -1,5 +1,6 @@
 """What cannot be replayed, or made at all, is refused with the reason, never silently wrong."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,20 @@ def test_guidance_that_is_not_linear_is_refused_with_its_residual():
     # One number per step can be divided out of each step alone, but not of all.
     with pytest.raises(ValueError, match=r"the combination changes between steps \(relative residual"):
         wrapped(4.5, normalised).encode(PROMPTS)
+
+
+def test_a_combination_that_changes_after_the_recorded_steps_or_with_the_text_is_refused():
+    late = wrapped(4.5, scheduler_input(lambda output, step: output if step < STEPS - 1 else 0.5 * output))
+    cond = late.encode(PROMPTS)  # what is recorded is the first four steps
+    with pytest.raises(ValueError, match=f"in step {STEPS - 1} the pipeline combines its denoiser's outputs otherwise than in its first"):
+        late.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
+    is_other = []
+    flow = wrapped(4.5, scheduler_input(lambda output, step: 1.1 * output if is_other else output))
+    cond = flow.encode(PROMPTS)
+    flow.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
+    is_other.append(True)
+    with pytest.raises(ValueError, match="in step 0 the pipeline combines its denoiser's outputs otherwise"):
+        flow.rollout(cond, ode(STEPS), x_init=initial(), noise=noise)
 
 
 def test_a_sign_or_another_factor_is_worked_out():
@@ -251,6 +266,18 @@ def test_folders_that_are_no_pipeline_are_refused(build, folder, tmp_path, monke
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="is a FluxPipeline, needed a StableDiffusion3Pipeline"):
         build(model=str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"])
+def test_weights_that_cannot_be_opened_are_named(build, folder, tmp_path, part):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / part).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{part}: not a safetensors file, or truncated .*`git lfs pull`"):
+        build(model=str(model))
+    whole = (folder / part).read_bytes()
+    (model / part).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{part}: not a safetensors file, or truncated .*download it again"):
+        build(model=str(model))
 
 
 def test_a_model_that_the_hub_does_not_give_says_what_to_do(monkeypatch):

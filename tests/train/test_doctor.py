@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign import cli, doctor, generate
-from flowalign.pipelines import choose, lora_files, parity
+from flowalign.pipelines import choose, loaded_back, lora_files, parity
 from flowalign.pipelines.parity import CHECKS, Finding
 from tests.pipelines.families import build, pipeline
 
@@ -151,3 +151,14 @@ def test_a_models_family_is_read_off_its_index(tmp_path):
         choose.family_of(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such folder, and not to be had from the hub"):
         choose.family_of("nowhere/at-all")
+
+
+def test_what_was_written_and_is_not_as_trained_is_one_message(monkeypatch, capsys, tmp_path):
+    def rejected(*args, **options):
+        raise loaded_back.NotAsTrained("weights: loaded back, a layer is not what was trained")
+
+    monkeypatch.setattr(generate, "merge", rejected)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["merge", "shapes", "--lora", str(tmp_path), "--output", str(tmp_path / "merged")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "flowalign: weights: loaded back, a layer is not what was trained\n"

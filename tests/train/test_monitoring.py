@@ -1,5 +1,7 @@
 """What a run watches by default, and what it does when a reward server is gone."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 
 from flowalign import run
 from flowalign.evaluate import monitors
+from flowalign.pipelines.lora_files import notes_of
 from flowalign.rewards.plain import PlainReward
 from flowalign.run_config import load_config
 from flowalign.train import checkpoint
@@ -66,6 +69,10 @@ def test_the_best_step_by_a_watched_reward_is_kept_and_written(write_config, cap
     assert float(kept.abs().sum()) == pytest.approx(float(sum(value.abs().sum() for value in files[0].values())), rel=0.5)
     last = load_file(folder / "weights" / "pytorch_lora_weights.safetensors")
     assert (best == 8) == all(torch.equal(files[0][name], last[name]) for name in last)
+    for name, step in (("best_weights", best), ("weights", 8)):
+        notes = notes_of(folder / name)
+        assert notes["steps"] == str(step)
+        assert json.loads(notes["last_rewards"]) == log_of(whole)[step - 1]["reward"]
 
 
 def test_a_best_that_nothing_logs_is_refused_and_few_steps_have_none(write_config, capsys):
@@ -97,6 +104,7 @@ def test_a_run_stops_at_an_alarm_where_that_is_asked_for_and_goes_on_where_not(w
     folder = load_config(str(path)).output / "weights"
     assert (folder / "pytorch_lora_weights.safetensors").is_file()  # what it was stopped for does not cost its weights
     assert "2 steps" in (folder / "README.md").read_text()
+    assert notes_of(folder)["steps"] == "2"
     run.train(str(path))
     assert len(log_of(path)) == 3
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from flowalign import run
 from flowalign.core.algorithm import HasHeads
 from flowalign.run_config import load_config
-from flowalign.train import engines
+from flowalign.train import engines, sharding
 from flowalign.train.journal import read_log
+from tests.pipelines import families
 from tests.train.launch import launch
 
 MODES = ("shared adapters", "shared weights", "adapters")
@@ -122,6 +123,19 @@ def test_shared_weights_are_a_pipeline_that_loads_anywhere(runs):
     bare = StableDiffusion3Pipeline.from_pretrained(runs / "shared weights" / "two" / "weights")
     stored = load_file(runs / "shared weights" / "two" / "weights" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, stored[name]) for name, value in bare.transformer.state_dict().items() if name in stored)
+
+
+@pytest.mark.parametrize("case", ["qwen_image", "sd3"])
+def test_a_network_without_memory_is_whole_once_its_weights_are_assigned(case):
+    """Tables of positions, which no file holds, are computed."""
+    flow = families.build(case, lora=None)
+    network, state = flow.denoiser, {name: value.clone() for name, value in flow.denoiser.state_dict().items()}
+    fresh = sharding.hollow(type(network), network.config)
+    assert {value.device.type for value in fresh.parameters()} == {"meta"}
+    fresh.load_state_dict(state, assign=True)
+    x, cond = torch.randn(1, *flow.event_shape, generator=torch.Generator().manual_seed(0)), flow.encode(["a"])
+    with torch.no_grad():
+        assert torch.equal(flow.replayed(fresh.eval(), x, torch.tensor(0.5), cond), flow.velocity(x, torch.tensor(0.5), cond))
 
 
 class Several(HasHeads):
