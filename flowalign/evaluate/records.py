@@ -138,7 +138,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """
     records, heads = [], set()
     # Not by splitlines, which would also break at separators that prompts may hold.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    text = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else (), start=1):
         try:
             fields = json.loads(line)
             heads.add((str(fields.pop("suite")), int(fields.pop("seed"))))

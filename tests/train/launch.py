@@ -1,10 +1,14 @@
 """The same run on one process and on two."""
 
 import os
+import socket
 import subprocess
 import sys
 
+from flowalign import run
 from flowalign.run_config import load_config
+
+OWN = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def launch(processes, module, *arguments, fails=False, **variables):
@@ -13,18 +17,37 @@ def launch(processes, module, *arguments, fails=False, **variables):
     By torch's launcher: `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module, *arguments]
-    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
     # Whoever waits for a process that has left waits for half an hour.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **variables}, check=False, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OWN, **variables}, check=False, timeout=900)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr if fails else done.stdout
 
 
+def together(module, *arguments):
+    """Run a module in two processes with what torch's launcher tells them, without an interpreter for the launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", module, *arguments]
+    running = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **OWN, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=900)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    return "".join(said)
+
+
 def on_one_and_two_processes(write_config, **changes):
-    """Train twice and return both run folders."""
-    folders = []
-    for name, processes in (("one", 1), ("two", 2)):
-        path = write_config(name, **changes)
-        launch(processes, "flowalign", "train", str(path))
-        folders.append(load_config(str(path)).output)
-    return folders
+    """Train twice, once here, and return both run folders."""
+    one, two = (write_config(name, **changes) for name in ("one", "two"))
+    run.train(str(one))
+    together("flowalign", "train", str(two))
+    return [load_config(str(path)).output for path in (one, two)]

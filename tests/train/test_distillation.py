@@ -256,8 +256,7 @@ def test_a_run_that_is_killed_between_its_critics_updates_resumes_to_the_same_bi
         assert code == -signal.SIGKILL, said
         assert [line["step"] for line in read_log(load_config(str(parts)).output / "log.jsonl")] == list(range(int(at[0])))
     for path in (parts, whole):
-        code, said = launch(path, "-1", "0", "nobody")
-        assert code == 0, said
+        run_training(load_config(str(path)))
     folders = [load_config(str(path)).output for path in (whole, parts)]
     logs = [read_log(folder / "log.jsonl") for folder in folders]
     assert [line["metrics"] for line in logs[0]] == [line["metrics"] for line in logs[1]]
@@ -501,7 +500,7 @@ def test_a_teacher_that_is_not_finite_is_named_and_not_the_critics(write_config,
     with torch.no_grad():
         rows = built.algorithm.look(rows, velocity)
     with pytest.raises(FloatingPointError, match=r"step 1, the frozen teacher: its output is not finite .*pipeline.dtype"):
-        built._check_outputs([rows], 1)
+        built.updater._check_outputs([rows], 1)
 
 
 def test_samples_of_a_broken_teacher_are_not_kept(write_config):
@@ -600,6 +599,6 @@ def test_a_fake_score_that_breaks_after_its_last_update_is_blamed_and_not_the_st
                     built.cast.players["fake"].parameters[0].fill_(float("nan"))
             return honest(update, ready=ready)
 
-    built.algorithm = Patched(built.algorithm.config)
+    built.updater.algorithm = Patched(built.algorithm.config)
     with pytest.raises(FloatingPointError, match=r"player 'fake': its output is not finite.*Lower algorithm.fake.learning_rate"):
         built.step(0)

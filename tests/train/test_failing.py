@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from flowalign import run
 from flowalign.run_config import load_config
 from flowalign.train.journal import read_log
-from tests.train.launch import launch
+from tests.train.launch import launch, together
 
 TRAIN = {"groups": 2, "group_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 10}
 BROKEN = "FLOWALIGN_TEST_BROKEN"  # as what, at which call, on which rank
@@ -106,7 +106,7 @@ def launched(tmp_path_factory, model):
     for shard in (False, True):
         said[shard] = launch(2, "flowalign", "train", str(config(shard, "broken")), fails=True, **{BROKEN: "raises 3 1"})
     found = {shard: [path.name for path in (place / f"{shard} broken" / "checkpoints").glob("step_*")] for shard in said}
-    launch(2, "tests.train.several", *(str(config(shard, name)) for shard in (False, True) for name in ("broken", "whole")))
+    together("tests.train.several", *(str(config(shard, name)) for shard in (False, True) for name in ("broken", "whole")))
     return {shard: (said[shard], found[shard], place / f"{shard} broken.yaml", place / f"{shard} whole.yaml") for shard in said}
 
 

@@ -142,7 +142,7 @@ def test_out_of_memory_is_said_once_with_what_helps_there(write_config, monkeypa
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
 
-    place = {"rollout": (built.pipeline, "decode"), "train": (built, "update"), "reward": (overlap.StepScores, "finish")}[phase]
+    place = {"rollout": (built.pipeline, "decode"), "train": (built.updater, "update"), "reward": (overlap.StepScores, "finish")}[phase]
     monkeypatch.setattr(*place, full)
     with pytest.raises(
         Exhausted, match=rf"step 0, {phase}: out of memory \(CUDA out of memory. Tried to allocate 20.00 GiB.\).*{advice}"

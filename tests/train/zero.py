@@ -53,4 +53,4 @@ for path in sys.argv[1:]:
         break
     shared = built[-1].zero.engine.optimizer
     held = sum(flat.numel() for flat in shared.single_partition_of_fp32_groups)
-    print(f"HELD {held} OF {sum(value.numel() for value in built[-1].parameters)} BY {path}", flush=True)
+    print(f"HELD {held} OF {sum(value.numel() for value in built[-1].cast.parameters)} BY {path}", flush=True)
