@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -38,10 +39,19 @@ def available(kind: str) -> dict[str, str]:
     """
     found = {}
     for path in sorted(_folder(kind).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.ClassDef) and node.name == "Config" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+        told = _told(path, path.stat().st_mtime_ns)
+        if told is not None:
+            found[path.stem] = told
     return found
+
+
+@functools.cache
+def _told(path: Path, modified_ns: int) -> str | None:
+    """Return the first line of a plugin's documentation; None where a file is none. Read once: every configuration asks."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not any(isinstance(node, ast.ClassDef) and node.name == "Config" for node in tree.body):
+        return None
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 def load(kind: str, name: str) -> Any:

@@ -186,7 +186,11 @@ def test_checkpoints_hold_nested_state_and_refuse_what_would_need_pickle(tmp_pat
 def launch(path, *overrides):
     command = [sys.executable, "-m", "flowalign", "train", str(path), *overrides]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
 
 
