@@ -1,6 +1,7 @@
 """Distillation through the whole loop: roles on one base, critics, counts, resuming, ranks, and a pipeline that samples in one step."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -248,7 +249,9 @@ def test_a_run_that_is_killed_between_its_critics_updates_resumes_to_the_same_bi
     whole, parts = settings(write_config, "whole", **same), settings(write_config, "killed", **same)
 
     def launch(path, *at):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(path), *at], capture_output=True, text=True, check=False)
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, where the run goes on: other numbers round otherwise
+        command = [sys.executable, "-c", KILLED, str(path), *at]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
         return done.returncode, done.stderr
 
     for at in (("1", "0", "discriminator"), ("3", "1", "discriminator")):
