@@ -53,7 +53,7 @@ def test_the_page_of_two_models_has_scores_images_distributions_and_verdicts(tmp
     ):
         assert told in page
     assert "prompt 0 &lt;b&gt;" in page
-    assert "<b>new</b>" in page
+    assert "<b>New</b>" in page
     assert "strict: no difference" in page
     assert "Distribution of strict" not in page
     assert "✗ colour" in page
