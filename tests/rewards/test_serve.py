@@ -54,6 +54,32 @@ def code(prompts, images):
 code.scores_alone = True
 
 
+class Held:
+    """``code``, which waits until it is let go.
+
+    Attributes:
+        begun: Set once it is asked.
+        gate: Lets it go.
+        seen: The prompts that it was asked of.
+    """
+
+    def __init__(self):
+        self.begun, self.gate, self.seen = threading.Event(), threading.Event(), []
+
+    def __call__(self, prompts, images):
+        self.seen.extend(prompts)
+        self.begun.set()
+        assert self.gate.wait(60)
+        return code(prompts, images)
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def body(num=1, size=4, start=0, **changes):
     images = torch.stack([torch.full((3, size, size), (start + i) % 256, dtype=torch.uint8) for i in range(num)])
     fields = {"request_id": f"{start}-{num}-{time.monotonic_ns()}", "images": images, "prompts": [str(start + i) for i in range(num)]}
@@ -152,16 +178,11 @@ def test_the_server_says_what_it_serves(url):
 
 
 def test_a_full_queue_asks_to_come_back_and_the_client_does():
-    gate = threading.Event()
+    held = Held()
 
-    def slow(prompts, images):
-        gate.wait(10)
-        return code(prompts, images)
-
-    with serving(plain(slow), max_queue=4, max_batch=2, max_wait_ms=0) as url, ThreadPoolExecutor(12) as pool:
+    with serving(plain(held), max_queue=4, max_batch=2, max_wait_ms=0) as url, ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(post, url, body(num=2, start=10 * i)) for i in range(6)]
-        while sum(answer.done() for answer in answers) < 3:
-            time.sleep(0.01)
+        until(lambda: sum(answer.done() for answer in answers) >= 3)
         early = [answer.result() for answer in answers if answer.done()]
         assert {answer.status_code for answer in early} == {503}
         assert early[0].headers["retry-after"] == "1"
@@ -169,8 +190,8 @@ def test_a_full_queue_asks_to_come_back_and_the_client_does():
         patient = remote.Config(servers=(url,), batch_size=2, deadline_s=20).build()
         images = torch.tensor([5.0, 6.0]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4) / 255
         waiting = pool.submit(patient, images, ["5", "6"], [{}] * 2)
-        time.sleep(0.1)
-        gate.set()
+        until(lambda: 'status="503"} 4' in get(url + "/metrics").text)  # it too was asked to come back
+        held.gate.set()
         assert waiting.result().values["reward"].tolist() == [5005, 6006]
         assert sorted(answer.result().status_code for answer in answers) == [200] * 3 + [503] * 3
 
@@ -190,81 +211,59 @@ def test_a_request_that_never_fits_is_told_so_at_once_and_not_sent_again():
 
 
 def test_the_queue_is_bounded_in_bytes_too():
-    begun, gate = threading.Event(), threading.Event()
-
-    def slow(prompts, images):
-        begun.set()
-        gate.wait(10)
-        return code(prompts, images)
+    held = Held()
 
     large = {"num": 1, "size": 8}  # 192 bytes
-    with serving(plain(slow), max_queue_bytes=400, max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(4) as pool:
+    with serving(plain(held), max_queue_bytes=400, max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(4) as pool:
         first = pool.submit(post, url, body(start=1, **large))
-        assert begun.wait(10)  # it is being scored and no longer waits
+        assert held.begun.wait(60)  # it is being scored and no longer waits
         waiting = [pool.submit(post, url, body(start=start, **large)) for start in (2, 3)]
-        while "flowalign_queued_bytes 384" not in get(url + "/metrics").text:
-            time.sleep(0.01)
+        until(lambda: "flowalign_queued_bytes 384" in get(url + "/metrics").text)
         assert post(url, body(start=4, **large)).status_code == 503
-        gate.set()
+        held.gate.set()
         assert [answer.result().status_code for answer in (first, *waiting)] == [200] * 3
         assert "flowalign_queued_bytes 0" in get(url + "/metrics").text
         assert post(url, body(start=4, **large)).status_code == 200
 
 
 def test_deadlines_end_requests_and_free_the_queue():
-    seen = []
+    held = Held()
 
-    def slow(prompts, images):
-        seen.extend(prompts)
-        time.sleep(0.4)
-        return code(prompts, images)
-
-    with serving(plain(slow), max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(3) as pool:
+    with serving(plain(held), max_batch=1, max_wait_ms=0) as url, ThreadPoolExecutor(3) as pool:
         first = pool.submit(post, url, body(start=1))
-        time.sleep(0.1)
-        second = pool.submit(post, url, body(start=2, deadline_s=0.15))
-        assert second.result().status_code == 504
+        assert held.begun.wait(60)
+        assert post(url, body(start=2, deadline_s=0.15)).status_code == 504
+        held.gate.set()
         assert first.result().status_code == 200
         assert post(url, body(start=3)).status_code == 200
-        assert seen == ["1", "3"]  # nobody waited for 2 any more
+        assert held.seen == ["1", "3"]  # nobody waited for 2 any more
 
 
 def test_a_request_that_nobody_waits_for_gives_its_place_to_the_next_at_once():
-    begun, gate = threading.Event(), threading.Event()
+    held = Held()
 
-    def slow(prompts, images):
-        begun.set()
-        gate.wait(10)
-        return code(prompts, images)
-
-    with serving(plain(slow), max_queue=2, max_batch=2, max_wait_ms=0) as url, ThreadPoolExecutor(3) as pool:
+    with serving(plain(held), max_queue=2, max_batch=2, max_wait_ms=0) as url, ThreadPoolExecutor(3) as pool:
         first = pool.submit(post, url, body(start=1))
-        assert begun.wait(10)  # it is being scored, and its place is free
+        assert held.begun.wait(60)  # it is being scored, and its place is free
         assert post(url, body(num=2, start=2, deadline_s=0.1)).status_code == 504
         assert "flowalign_queued_images 0" in get(url + "/metrics").text
         last = pool.submit(post, url, body(num=2, start=4))
-        while "flowalign_queued_images 2" not in get(url + "/metrics").text:
-            assert not last.done()
-            time.sleep(0.01)
-        gate.set()
+        until(lambda: "flowalign_queued_images 2" in get(url + "/metrics").text)
+        assert not last.done()
+        held.gate.set()
         assert (first.result().status_code, last.result().json()["scores"]) == (200, {"mine": [4004, 5005]})
 
 
 def test_each_repetition_of_a_request_waits_by_its_own_deadline():
-    begun, gate = threading.Event(), threading.Event()
+    held = Held()
 
-    def slow(prompts, images):
-        begun.set()
-        gate.wait(10)
-        return code(prompts, images)
-
-    with serving(plain(slow)) as url, ThreadPoolExecutor(2) as pool:
+    with serving(plain(held)) as url, ThreadPoolExecutor(2) as pool:
         data = body(start=7, deadline_s=0.5)
         first = pool.submit(post, url, data)
-        assert begun.wait(10)
+        assert held.begun.wait(60)
         assert post(url, data).status_code == 504
         assert first.result().status_code == 504
-        gate.set()
+        held.gate.set()
         assert post(url, data).json()["scores"] == {"mine": [7007]}  # what was scored meanwhile is kept for it
 
 
