@@ -32,12 +32,13 @@ from flowalign.evaluate.records import Evaluation
 from flowalign.evaluate.report import Report, Table, write_report
 from flowalign.evaluate.statistics import seed_interval
 from flowalign.evaluate.suites import ShapesSuite
+from flowalign.files import write_atomically
 from flowalign.generate import score_model
 from flowalign.going_on import take_over
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import run_training, teacher_of
 from flowalign.run_config import RunConfig, claim_folder, load_config
-from flowalign.train.journal import read_log, write_atomically
+from flowalign.train.journal import read_log
 
 DIVERGENCES = ("reverse_kl", "jensen_shannon", "forward_kl")
 WARM, PAIRS = "warm-up", "more pairs"

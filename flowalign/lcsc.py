@@ -21,6 +21,7 @@ from flowalign.core.randomness import generator, key
 from flowalign.data import Prompt
 from flowalign.evaluate.scores import Difference
 from flowalign.evaluate.statistics import paired_difference
+from flowalign.files import write_atomically
 from flowalign.generate import generator_of, student_steps
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.rewards.parts import cut
@@ -28,7 +29,6 @@ from flowalign.run_config import RewardConfig, load_config
 from flowalign.suite_options import named_rewards
 from flowalign.train import checkpoint
 from flowalign.train.cast import AVERAGE
-from flowalign.train.journal import write_atomically
 from flowalign.train.scoring import NamedReward, score
 
 _FEW = 4  # checkpoints below which there is little to combine

@@ -12,11 +12,12 @@ from diffusers import DDIMScheduler
 
 from flowalign import config as configuration
 from flowalign import snapshots
+from flowalign.files import write_atomically
 from flowalign.generate import student_steps
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.pipelines.schedulers import drivable
 from flowalign.run_config import RunConfig
-from flowalign.train.journal import read_log, write_atomically
+from flowalign.train.journal import read_log
 
 CARD, PICTURE, BASE_PICTURE = "README.md", "samples.png", "samples_base.png"
 _ROWS = 10  # of the table, spread over the run

@@ -13,8 +13,8 @@ from flowalign import config as configuration
 from flowalign import data, plugins, shapes
 from flowalign.config import ConfigError, Plugin
 from flowalign.core.distillation import Settings
+from flowalign.files import write_atomically
 from flowalign.train.checkpoint import present
-from flowalign.train.journal import write_atomically
 from flowalign.train.settings import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"

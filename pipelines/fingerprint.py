@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from flowalign.pipelines.bare import unadapted
 from flowalign.pipelines.roles import Roles
 
 _TENSORS = 24  # enough that some are of the attention, which is all that a merged LoRA changes
@@ -21,11 +22,7 @@ def fingerprint(roles: Roles) -> str:
     Args:
         roles: Of the network; adapters, and which layers have one, make no difference.
     """
-    matrices = {
-        name.replace(".base_layer.", "."): value
-        for name, value in roles.module.named_parameters()
-        if ".lora_" not in name and value.dim() > 1
-    }
+    matrices = {name: value for name, value in unadapted(dict(roles.module.named_parameters())).items() if value.dim() > 1}
     digest = hashlib.sha256()
     # Ordered by the hash of their names: every so many of the sorted ones could be the same layer of each block.
     for name in sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:_TENSORS]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flowalign.pipelines.bare import bare, unadapted
 from flowalign.pipelines.loaded_back import Loaded, compare_behaviour, compare_tensors
 from flowalign.pipelines.lora_files import atomically, checked, compare_parts_beside, read_back, with_denoiser, write_pipeline
 from flowalign.pipelines.roles import CURRENT, REFERENCE, Roles
@@ -40,7 +41,7 @@ def merge(pipeline: FlowPipeline, folder: Path, role: str = CURRENT, *, notes: M
     """
     if pipeline.roles.lora is None:
         raise ValueError("merge: the pipeline has no adapters; its weights are whole already (save it)")
-    network = _bare(pipeline.roles, merged(pipeline.roles, role))
+    network = _merged_network(pipeline.roles, merged(pipeline.roles, role))
     with atomically(folder) as written:
         write_pipeline(pipeline, network, written, notes or {})
         checked(folder, partial(_check, pipeline, network, role, written))
@@ -63,13 +64,11 @@ def merged(roles: Roles, role: str) -> dict[str, Tensor]:
     return found
 
 
-def _bare(roles: Roles, weights: Mapping[str, Tensor]) -> nn.Module:
+def _merged_network(roles: Roles, weights: Mapping[str, Tensor]) -> nn.Module:
     """Return the network without adapters: merged layers in main memory, all others those of the live one."""
-    with torch.device("meta"):
-        bare: Any = type(roles.module).from_config(roles.module.config)  # type: ignore[attr-defined]
-    live = {name.replace(".base_layer.", "."): value for name, value in roles.module.state_dict().items() if ".lora_" not in name}
-    bare.load_state_dict(live | {f"{name}.weight": value for name, value in weights.items()}, assign=True)
-    return bare
+    network: Any = roles.module
+    state = unadapted(network.state_dict()) | {f"{name}.weight": value for name, value in weights.items()}
+    return bare(type(network), network.config, state)
 
 
 def _check(pipeline: FlowPipeline, network: nn.Module, role: str, folder: Path) -> None:

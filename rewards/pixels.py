@@ -46,13 +46,18 @@ def to_bytes(images: Tensor) -> Tensor:
 
     Rounded, not truncated: truncation darkens by half a grey level on average.
     """
-    return to_bytes_checked(images.detach().clamp(0, 1))
+    return _rounded(images, clip=True)
 
 
 def to_bytes_checked(images: Tensor) -> Tensor:
     """Round images that passed :func:`check` to bytes, as :func:`to_bytes`: what they exceed [0, 1] by is less than half a grey level."""
+    return _rounded(images, clip=False)
+
+
+def _rounded(images: Tensor, *, clip: bool) -> Tensor:
     if images.device.type != "cpu":
-        return (images.detach().float() * 255).round().to(torch.uint8)
+        scaled = images.detach().float() * 255
+        return (scaled.clamp(0, 255) if clip else scaled).round().to(torch.uint8)
     values = images.detach().contiguous().view(-1)
     rounded = np.empty(len(values), dtype=np.uint8)
     held = np.empty(min(_IN_CACHE, len(values)), dtype=np.float32)
@@ -60,6 +65,8 @@ def to_bytes_checked(images: Tensor) -> Tensor:
     for start in range(0, len(values), _IN_CACHE):
         part = values[start : start + _IN_CACHE].float().numpy()
         scaled = np.multiply(part, np.float32(255), out=held[: len(part)])
+        if clip:
+            np.clip(scaled, 0, 255, out=scaled)
         np.copyto(rounded[start : start + len(part)], np.rint(scaled, out=scaled), casting="unsafe")
     return torch.from_numpy(rounded).view(images.shape)
 

@@ -25,13 +25,13 @@ from flowalign.evaluate.drift import suite_drift
 from flowalign.evaluate.fidelity import RandomFeatures, features_of, relative_diversity, within_prompt_distance
 from flowalign.evaluate.records import Evaluation, read_evaluation
 from flowalign.evaluate.suites import ShapesSuite, Suite
+from flowalign.files import write_atomically
 from flowalign.generate import generator_of, score_model, student_steps, velocity_distance
 from flowalign.pipelines.base import FlowPipeline
 from flowalign.run import build_trainer
 from flowalign.run_config import RunConfig, load_config
 from flowalign.train.fit import Trainer
 from flowalign.train.flops import measure
-from flowalign.train.journal import write_atomically
 from flowalign.train.pairs import PairCollector
 from flowalign.train.protocols import PromptLike
 from flowalign.train.scoring import score

@@ -19,7 +19,7 @@ from flowalign.evaluate.records import MEASURES, Evaluation, compare_runs, read_
 from flowalign.evaluate.report import Report, Table, write_report, write_svg
 from flowalign.evaluate.scores import Interval
 from flowalign.evaluate.statistics import seed_interval
-from flowalign.train.journal import write_atomically
+from flowalign.files import write_atomically
 
 _DRIFT = {
     "velocity_distance": "velocity distance",

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from flowalign.benchmark.report import write_benchmark
 from flowalign.benchmark.spec import BenchmarkConfig, Cell, load_benchmark
 from flowalign.benchmark.store import folder_of, read_result
+from flowalign.files import write_atomically
 from flowalign.run import alone_in
 from flowalign.run_config import find_config
-from flowalign.train.journal import write_atomically
 
 
 def benchmark(name: str, overrides: Sequence[str] = (), *, jobs: int = 1, threads: int | None = None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from flowalign.evaluate.scores import Difference, Interval, Scores
 from flowalign.evaluate.statistics import bootstrap, holm, paired_difference
+from flowalign.files import write_atomically
 
 Measure = str
 MEASURES: tuple[Measure, ...] = ("strict", "graded")  # of a suite with verdicts; rewards add theirs by name
@@ -124,10 +124,7 @@ class Evaluation:
         """Write the records as JSON lines, in a file that is whole or not there; :func:`read_evaluation` reads them back (without images)."""
         head = {"suite": self.suite, "seed": self.seed}
         lines = [json.dumps({**head, **asdict(record)}, ensure_ascii=False) for record in self.records]
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_atomically(Path(path), "\n".join(lines) + "\n")
 
 
 def read_evaluation(path: str | Path) -> Evaluation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +14,7 @@ from torch import Tensor
 from flowalign.evaluate.charts import Chart, Drawing, draw, ticks
 from flowalign.evaluate.records import Evaluation, Measure, compare
 from flowalign.evaluate.scores import Interval
+from flowalign.files import write_atomically
 from flowalign.images import PNG, picture_bytes
 
 _TEMPLATE = "report.html.jinja"
@@ -193,9 +193,7 @@ def write_report(path: str | Path, report: Report) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(render(report), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, render(report))
     return path
 
 
@@ -220,7 +218,7 @@ def render(report: Report) -> str:
         report=report,
         cards=[_card(comparison, report.names) for comparison in report.comparisons],
         drawings=drawings,
-        axis=axis_of(report.headline),
+        axis=_axis_of(report.headline),
         total_seconds=sum(share.seconds for share in report.shares),
         total_flops=sum(part.flops for part in report.work),
     )
@@ -345,7 +343,7 @@ def _span(interval: Interval, pattern: str = "{:.3f}") -> str:
     return f"{pattern.format(interval.low)} to {pattern.format(interval.high)}".replace("-", "\N{MINUS SIGN}")
 
 
-def axis_of(headline: Headline | None) -> list[float]:
+def _axis_of(headline: Headline | None) -> list[float]:
     """Return the marks of the headline's axis: from 0 to 1 where all it shows lies there, else round numbers around it."""
     if headline is None:
         return []

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from flowalign.core.decays import ema_warmup
+from flowalign.files import write_atomically
 from flowalign.shapes import models
 from flowalign.shapes.prompts import Metadata, all_prompts, prompts
 from flowalign.shapes.verifier import verify
@@ -331,9 +332,7 @@ def pretrain(output: Path, config: PretrainConfig, *, threads: int = 2, evaluate
     if begun.is_file() and (before := json.loads(begun.read_text())) != now:
         changed = ", ".join(k for k in now if before.get(k) != now[k])
         raise ValueError(f"{work}: begun with another configuration (changed: {changed}); choose another --output or remove it")
-    unfinished = begun.with_suffix(".partial")
-    unfinished.write_text(json.dumps(now, indent=2) + "\n")
-    os.replace(unfinished, begun)
+    write_atomically(begun, json.dumps(now, indent=2) + "\n")
     pipe = models.new_pipeline(config.seed)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(config.seed)

@@ -221,13 +221,6 @@ class Trainer:
         if self.best is not None and state.get("best") is not None:
             self.best.load_state_dict(state["best"])
 
-    def _anywhere(self, flag: bool) -> bool:
-        """Tell whether the flag is set on any rank: all must leave together."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        count = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
-        return bool(count > 0)
-
     def fit(self, steps: int) -> None:
         """Train up to ``steps`` steps in all, resuming from the run folder's newest whole checkpoint.
 
@@ -263,7 +256,7 @@ class Trainer:
                             raise exhausted(error, step, self.clock.phases) from error
                         raise
                     alarmed = self.config.stop_on_alarm and bool(line.get("alarm"))
-                    stopping = self._anywhere(stop.is_set()) or alarmed
+                    stopping = self.collector.together.anywhere(stop.is_set()) or alarmed  # all must leave together
                     if self.best is not None and self.best.look(line):
                         roles = sharding.whole(self.pipeline.roles.state_dict())
                         if main:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from flowalign.core.algorithm import WINDOW, Algorithm, HasHeads, NeverReady
-from flowalign.core.distillation import Distillation
+from flowalign.core.distillation import Distillation, State
 from flowalign.core.heads import Evidence
 
 
@@ -29,7 +27,7 @@ class Gate:
         self.held_back = 0
         self.evidence = {name: Evidence() for name in heads} if isinstance(algorithm, HasHeads) else {}
 
-    def ask(self, state: Mapping[str, Tensor]) -> None:
+    def ask(self, state: State) -> None:
         """Open for good once critics know something, before a step's updates.
 
         Args:
@@ -41,7 +39,7 @@ class Gate:
         if self.is_open:
             return
         if isinstance(self.algorithm, Distillation):
-            self.is_open = self.algorithm.is_ready(dict(state), self.held_back)
+            self.is_open = self.algorithm.is_ready(state, self.held_back)
         else:
             assert isinstance(self.algorithm, HasHeads)
             self.is_open = self.algorithm.is_ready(self.evidence, self.held_back)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a kill at any moment leaves the old one or the new one whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+from flowalign.files import write_atomically
 
 
 def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -26,7 +26,7 @@ def rehearse(
         ValueError: What the algorithm says of its own settings; or if it compares whole groups, which several processes share.
     """
     for decay in algorithm.roles.values():
-        decay(0)
+        decay(0)  # a schedule refuses its own numbers when it is first asked
     plan = algorithm.plan(0, len(sigmas) - 1, 0)
     num = groups * group_size
     zeros = torch.zeros(num, 1)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flowalign.pipelines.bare import bare, unadapted
 from flowalign.pipelines.base import FlowPipeline
 
 
@@ -72,15 +72,6 @@ def share_moments(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
     return {**state, "state": moments}
 
 
-def hollow(kind: Any, config: Any) -> Any:
-    """Make a network whose parameters take no memory until they are assigned.
-
-    Buffers and other tensors are real: those that no file holds, such as tables of positions, are computed here.
-    """
-    with init_empty_weights(include_buffers=False):
-        return kind.from_config(config)
-
-
 def unshared(pipeline: FlowPipeline) -> FlowPipeline | None:
     """Return a pipeline of its own with whole weights and the same roles, which can be saved; every process must ask for it, the first one gets it.
 
@@ -92,13 +83,11 @@ def unshared(pipeline: FlowPipeline) -> FlowPipeline | None:
     roles, state = whole(pipeline.roles.state_dict()), whole(network.state_dict())
     if torch.distributed.get_rank() > 0:
         return None
-    base = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     kind: Any = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
-    fresh = hollow(kind, network.config)
-    fresh.load_state_dict(base, assign=True)
-    bare = copy.copy(pipeline.pipe)
-    object.__setattr__(bare, pipeline.family.denoiser, fresh.to(pipeline.device))
-    made = FlowPipeline(bare, pipeline.family, pipeline.roles.lora, num_steps=pipeline.num_steps)
+    fresh = bare(kind, network.config, unadapted(state))
+    pipe = copy.copy(pipeline.pipe)
+    object.__setattr__(pipe, pipeline.family.denoiser, fresh.to(pipeline.device))
+    made = FlowPipeline(pipe, pipeline.family, pipeline.roles.lora, num_steps=pipeline.num_steps)
     made.dtype = pipeline.dtype
     made.roles.load_state_dict(roles)
     return made

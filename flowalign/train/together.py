@@ -39,14 +39,15 @@ class Together:
             result = work()
         except Exception as raised:
             error = raised
-        self.has_failed = self._anywhere(error is not None)
+        self.has_failed = self.anywhere(error is not None)
         if error is not None:
             raise error
         if self.has_failed:
             raise FailedElsewhere("another process failed and says why; this one stops with it")
         return result
 
-    def _anywhere(self, flag: bool) -> bool:
+    def anywhere(self, flag: bool) -> bool:
+        """Tell whether a flag is set on any rank; every rank must ask."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)

@@ -18,8 +18,8 @@ ALLOWED = {
     "algorithms": {"algorithms", *GROUND},
     "pipelines": {"pipelines", *GROUND},
     "rewards": {"rewards", "plugins", "images", *GROUND},
-    "evaluate": {"evaluate", "algorithms", "pipelines", "rewards", "images", *GROUND},
-    "train": {"train", "evaluate", "algorithms", "pipelines", "rewards", "images", *GROUND},
+    "evaluate": {"evaluate", "algorithms", "pipelines", "rewards", "images", "files", *GROUND},
+    "train": {"train", "evaluate", "algorithms", "pipelines", "rewards", "images", "files", *GROUND},
 }
 TORCH_ONLY = {"core", "estimators", "algorithms"}
 # The networks and their pretraining stand on the top floor, in the folder of the world that they serve.
