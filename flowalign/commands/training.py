@@ -75,7 +75,7 @@ def add_benchmark(add: Add) -> None:
     """Add `flowalign benchmark`."""
     compare = add(
         "benchmark",
-        "compare methods at equal compute over several seeds; the same command goes on",
+        "compare methods at equal compute over several seeds; the same command goes on; exit code 1 where runs are missing",
         "flowalign benchmark benchmark_shapes --jobs 2",
     )
     compare.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")

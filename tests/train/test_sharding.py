@@ -21,7 +21,7 @@ from flowalign.train.journal import read_log
 from tests.pipelines import families
 from tests.train.launch import launch
 
-MODES = ("shared adapters", "shared weights", "adapters")
+MODES = ("shared adapters", "shared adapters of bfloat16", "shared weights", "adapters")
 AWM = {"type": "awm", "levels": "uniform", "num_levels": 2, "num_minibatches": 1, "reference_penalty": 0.1}
 STEPS = 2
 
@@ -45,10 +45,11 @@ def runs(tmp_path_factory, model):
 
     def config(mode, name):
         shared, lora = mode.startswith("shared"), None if mode.endswith("weights") else {"rank": 4, "alpha": 8}
+        dtype = "bfloat16" if mode.endswith("bfloat16") else "float32"  # the adapters are float32 in either
         values = {
             "steps": STEPS,
             "output": str(place / mode / name),
-            "pipeline": {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": lora},
+            "pipeline": {"type": "sd3", "model": str(model), "num_steps": 4, "max_sequence_length": 16, "lora": lora, "dtype": dtype},
             "rewards": [{"reward": "tests.train.brightness"}],
             "algorithm": AWM,
             "train": {
