@@ -51,6 +51,6 @@ for path in sys.argv[1:]:
         now = built[-1].pipeline.roles.parameters("current")
         print(f"MOVED {any(not torch.equal(now[name].cpu(), value) for name, value in stored.items())}", flush=True)
         break
-    shared = built[-1].zero.engine.optimizer
+    shared = built[-1].cast.zero.engine.optimizer
     held = sum(flat.numel() for flat in shared.single_partition_of_fp32_groups)
     print(f"HELD {held} OF {sum(value.numel() for value in built[-1].cast.parameters)} BY {path}", flush=True)
