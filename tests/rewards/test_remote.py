@@ -20,8 +20,12 @@ PROMPTS = list("abcde")
 RECORDS = [{"n": i} for i in range(5)]
 
 
+PATIENT = 20.0  # seconds: where an answer comes, a busy machine may take its time
+SOON = 0.6  # where none comes, and it is waited for
+
+
 def client(*servers, **options):
-    reward = remote.Config(servers=servers, **{"deadline_s": 0.6, "batch_size": 2, **options}).build()
+    reward = remote.Config(servers=servers, **{"deadline_s": PATIENT, "batch_size": 2, **options}).build()
     reward.client.first_delay_s = 0.01
     return reward
 
@@ -106,7 +110,7 @@ def test_a_passing_fault_costs_a_repetition_and_no_score(fault):
 )
 def test_a_lasting_fault_fails_over_to_the_next_server_which_then_stays_the_first(fault):
     with peers.peer(fault) as (bad, first), peers.peer(peers.right) as (good, second):
-        reward = client(bad, good, batch_size=5, deadline_s=1.0)  # of which the first gets half
+        reward = client(bad, good, batch_size=5, deadline_s=4.0)  # of which the first gets half
         assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
         assert reward(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
         assert (len(first), len(second)) == (1, 2)
@@ -119,8 +123,8 @@ def test_a_lasting_fault_of_all_servers_stops_within_the_deadline_and_says_why(f
     with peers.peer(fault) as (url, _):
         began = time.monotonic()
         with pytest.raises(Unavailable, match=r"no answer within 0.6 s after \d+ attempts .*127.0.0.1"):
-            client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
-        assert time.monotonic() - began < 1.6
+            client(url, batch_size=5, deadline_s=SOON)(IMAGES, PROMPTS, RECORDS)
+        assert time.monotonic() - began < SOON + 1
 
 
 def test_no_server_at_all_stops_the_run_or_marks_samples_as_configured():
@@ -167,7 +171,7 @@ def test_one_of_several_rewards_is_asked_for_by_name():
         assert client(url, batch_size=5, reward="mean")(IMAGES, PROMPTS, RECORDS).values["reward"].tolist() == pytest.approx(WANTED)
         assert wire.decode(calls[0], wire.Limits()).rewards == ["mean"]
         with pytest.raises(Unavailable, match="needed exactly one reward"):
-            client(url, batch_size=5)(IMAGES, PROMPTS, RECORDS)
+            client(url, batch_size=5, deadline_s=SOON)(IMAGES, PROMPTS, RECORDS)
 
 
 def test_waiting_is_the_callers_choice():
@@ -200,7 +204,7 @@ def says(*texts):
 
 
 def judge(url, **options):
-    return vlm_judge.Config(model="m", url=url + "/v1", **{"deadline_s": 0.6, "concurrency": 1, **options}).build()
+    return vlm_judge.Config(model="m", url=url + "/v1", **{"deadline_s": PATIENT, "concurrency": 1, **options}).build()
 
 
 def test_a_judge_is_asked_with_the_image_and_its_rating_scaled():
