@@ -25,7 +25,8 @@ def unadapted(values: Mapping[str, Value]) -> dict[str, Value]:
 def hollow(kind: Any, config: Any) -> Any:
     """Make a network whose parameters take no memory until they are assigned.
 
-    Buffers and other tensors are real: those that no file holds, such as tables of positions, are computed here.
+    Buffers and other tensors are real: those that no file holds, such as tables of positions, are computed here. Meanwhile no other thread may make a
+    network: its parameters would be hollow too.
     """
     with init_empty_weights(include_buffers=False):
         return kind.from_config(config)

@@ -56,17 +56,17 @@ def to_bytes_checked(images: Tensor) -> Tensor:
 
 def _rounded(images: Tensor, *, clip: bool) -> Tensor:
     if images.device.type != "cpu":
-        scaled = images.detach().float() * 255
-        return (scaled.clamp(0, 255) if clip else scaled).round().to(torch.uint8)
+        values = images.detach().float()
+        return ((values.clamp(0, 1) if clip else values) * 255).round().to(torch.uint8)
     values = images.detach().contiguous().view(-1)
     rounded = np.empty(len(values), dtype=np.uint8)
     held = np.empty(min(_IN_CACHE, len(values)), dtype=np.float32)
     # In parts that stay in the CPU's cache: several times as fast as the whole at once.
     for start in range(0, len(values), _IN_CACHE):
         part = values[start : start + _IN_CACHE].float().numpy()
-        scaled = np.multiply(part, np.float32(255), out=held[: len(part)])
         if clip:
-            np.clip(scaled, 0, 255, out=scaled)
+            part = np.clip(part, 0, 1, out=held[: len(part)])
+        scaled = np.multiply(part, np.float32(255), out=held[: len(part)])
         np.copyto(rounded[start : start + len(part)], np.rint(scaled, out=scaled), casting="unsafe")
     return torch.from_numpy(rounded).view(images.shape)
 

@@ -1,7 +1,8 @@
-"""Train, and end this process at an exact place of its step number N: ``-m tests.train.killed PLACE N CONFIG``.
+"""Train, and end this process at an exact place: ``-m tests.train.killed PLACE N CONFIG``.
 
-The places of a kill without warning: "step" (an update of the step is done), "tensors" and "rename" (of the checkpoint after the step: its
-tensors are written, and all of it is). At "interrupt" the step's first update is followed by what Ctrl-C sends.
+The places of a kill without warning: "step" (after the first update of step N, the first of which is 0), and of the checkpoint of N finished
+steps "tensors" (they are written, and nothing else) and "rename" (all of it is written, under its temporary name). At "interrupt" the first
+update of step N is followed by what Ctrl-C sends.
 """
 
 import os

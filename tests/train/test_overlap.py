@@ -1,7 +1,7 @@
 """Scoring beside the rollout: who is given what and when, the same scores in the same order, and what is logged of it."""
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from flowalign import run
 from flowalign.core.randomness import generator
 from flowalign.rewards.plain import PlainReward
 from flowalign.run_config import load_config
+from flowalign.train import overlap
 from flowalign.train.journal import read_log, status
 from flowalign.train.overlap import Scorers, _union
 from flowalign.train.scoring import NamedReward, score
@@ -98,26 +99,34 @@ def test_a_reward_elsewhere_is_asked_for_each_part_at_once_and_waited_for_at_the
     assert torch.allclose(table.values[:, 0], IMAGES.mean((1, 2, 3)).double())
 
 
-def test_what_is_hidden_is_the_time_that_nobody_waited():
-    worked = []
+def test_what_is_hidden_is_the_time_that_nobody_waited(monkeypatch):
+    now, begun, waits = [0.0], threading.Event(), threading.Event()
+
+    def read():
+        told = now[0]
+        if told == 6:  # the first look at the clock by whoever waits for the rest
+            waits.set()
+        return told
 
     def slow(images):
-        began = time.perf_counter()
-        time.sleep(0.2)
-        worked.append((began, time.perf_counter()))
+        if now[0] == 0:
+            now[0] = 2.0
+        else:
+            begun.set()
+            assert waits.wait(60)
+            now[0] = 9.0
         return [0.0] * len(images)
 
-    scorers = Scorers([alone(slow)], device=CPU)
-    scores = scorers.begin()
+    monkeypatch.setattr(overlap, "time", SimpleNamespace(perf_counter=read))
+    scores = Scorers([alone(slow)], device=CPU).begin()
     hand_over(scores, [0, 1, 2])
-    while not worked:  # the next part is sampled
-        time.sleep(0.01)
+    scores._found[0][0].result()
+    now[0] = 5.0  # the next part was sampled meanwhile
     hand_over(scores, [3, 4, 5])
-    began = time.perf_counter()
+    assert begun.wait(60)
+    now[0] = 6.0
     _, hidden = scores.finish(IMAGES, PROMPTS, RECORDS)
-    (first, second), ended = worked, time.perf_counter()
-    assert hidden == pytest.approx(first[1] - first[0] + max(0.0, began - second[0]), abs=0.05)
-    assert ended >= second[1]  # the last part is waited for, and not hidden
+    assert hidden == (2 - 0) + (6 - 5)  # of the second part, which took from 5 to 9, what was over when waiting for it began
     assert _union([(3, 4), (0, 1), (0.5, 2), (4, 5)]) == [(0, 2), (3, 5)]
 
 

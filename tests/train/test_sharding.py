@@ -56,6 +56,8 @@ def runs(tmp_path_factory, model):
                 "groups": 2,
                 "group_size": 4,
                 "micro_batch_size": 4,
+                # Products of bfloat16 may depend on how many rows they have: the same for one process as for each of two.
+                "rollout_batch_size": 4 if dtype == "bfloat16" else 64,
                 "learning_rate": 1e-4 if lora is None else 1e-3,
                 "shard": shared,
                 "ema_decay": 0.5,
@@ -93,7 +95,7 @@ def agree(one, two):
     expected, made = weights_of(one), weights_of(two)
     assert made.keys() == expected.keys()
     apart = torch.cat([(made[name] - expected[name]).abs().flatten() for name in expected])
-    # Adam turns rounding of gradients near 0 into steps of the rate, 1e-3 or 1e-4; measured: 2e-7 to 4e-7 at most, 1e-9 on average.
+    # Adam turns rounding of gradients near 0 into steps of the rate, 1e-3 or 1e-4; measured: 1e-7 to 4e-7 at most, up to 1e-9 on average.
     assert apart.max() < 1e-5
     assert apart.mean() < 1e-7
 
