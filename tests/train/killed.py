@@ -1,8 +1,8 @@
-"""Train, and end this process at an exact place: ``-m tests.train.killed PLACE N CONFIG``.
+"""Train, and end this process at an exact place: ``-m tests.train.killed CONFIG PLACE STEP UPDATE``.
 
-The places of a kill without warning: "step" (after the first update of step N, the first of which is 0), and of the checkpoint of N finished
-steps "tensors" (they are written, and nothing else) and "rename" (all of it is written, under its temporary name). At "interrupt" the first
-update of step N is followed by what Ctrl-C sends.
+The places of a kill without warning: a player's name, before it moves in that update of that step (both count from 0); and of the checkpoint
+of so many finished steps "tensors" (they are written, and nothing else) and "rename" (all of it is written, under its temporary name). At
+"interrupt" the first player gets there what Ctrl-C sends, and goes on.
 """
 
 import os
@@ -13,32 +13,31 @@ from flowalign import cli
 from flowalign.train import checkpoint
 from flowalign.train.updates import Updater
 
-place, number, config = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-update, write, rename = Updater.update, checkpoint.save_file, os.replace
+config, place, step, index = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+honest, write, rename = Updater._move, checkpoint.save_file, os.replace
 
 
-def end(kind):
-    os.kill(os.getpid(), signal.SIGINT if kind == "interrupt" else signal.SIGKILL)
+def end():
+    os.kill(os.getpid(), signal.SIGINT if place == "interrupt" else signal.SIGKILL)
 
 
-def updated(self, experience, velocity, at, **options):
-    told = update(self, experience, velocity, at, **options)
-    if place in ("step", "interrupt") and (at.step, at.index) == (number, 0):
-        end(place)
-    return told
+def move(self, name, means, update):
+    if place in ("interrupt", name) and (update.step, update.index) == (step, index):
+        end()
+    return honest(self, name, means, update)
 
 
 def wrote(tensors, path):
     write(tensors, path)
-    if place == "tensors" and path.parent.name == f"step_{number:06d}.partial":
-        end(place)
+    if place == "tensors" and path.parent.name == f"step_{step:06d}.partial":
+        end()
 
 
 def renamed(source, target):
-    if place == "rename" and os.path.basename(target) == f"step_{number:06d}":
-        end(place)
+    if place == "rename" and os.path.basename(target) == f"step_{step:06d}":
+        end()
     rename(source, target)
 
 
-Updater.update, checkpoint.save_file, os.replace = updated, wrote, renamed
+Updater._move, checkpoint.save_file, os.replace = move, wrote, renamed
 cli.main(["train", config])

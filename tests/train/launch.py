@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import torch
+
 from flowalign import run
 from flowalign.run_config import load_config
 
@@ -43,6 +45,13 @@ def together(module, *arguments):
     said = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     return "".join(said)
+
+
+def end_at(path, place, step, update=0):
+    """Train in a process of its own, which ends at an exact place; the places are those of ``tests.train.killed``."""
+    command = [sys.executable, "-m", "tests.train.killed", str(path), place, str(step), str(update)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, where the run goes on: other numbers round otherwise
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads}, timeout=900)
 
 
 def on_one_and_two_processes(write_config, **changes):

@@ -1,10 +1,7 @@
 """Distillation through the whole loop: roles on one base, critics, counts, resuming, ranks, and a pipeline that samples in one step."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -25,7 +22,7 @@ from flowalign.run_config import load_config
 from flowalign.train.checkpoint import load_newest, present
 from flowalign.train.fit import Alarmed
 from flowalign.train.journal import read_log
-from tests.train.launch import on_one_and_two_processes
+from tests.train.launch import end_at, on_one_and_two_processes
 
 SMALL = {"groups": 2, "group_size": 2, "micro_batch_size": 4, "learning_rate": 1e-2}
 F_DISTILL = {
@@ -225,39 +222,15 @@ def test_a_resumed_run_ends_with_the_same_bits(write_config, capsys):
         run_training(load_config(str(parts), ["--steps", "6", "--algorithm.weights.divergence", "forward_kl"]))
 
 
-KILLED = """
-import os, signal, sys
-from flowalign.run import run_training
-from flowalign.run_config import load_config
-from flowalign.train.updates import Updater
-
-honest, at = Updater._move, (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-
-def move(self, name, means, update):
-    if (update.step, update.index, name) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(self, name, means, update)
-
-Updater._move = move
-run_training(load_config(sys.argv[1]))
-"""
-
-
 def test_a_run_that_is_killed_between_its_critics_updates_resumes_to_the_same_bits(write_config):
     """Once while the critics learn alone, once while the student learns too; half of each step's critics had moved."""
     same = {"steps": 5, "algorithm": {"least_steps": 2}}
     whole, parts = settings(write_config, "whole", **same), settings(write_config, "killed", **same)
 
-    def launch(path, *at):
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, where the run goes on: other numbers round otherwise
-        command = [sys.executable, "-c", KILLED, str(path), *at]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
-        return done.returncode, done.stderr
-
-    for at in (("1", "0", "discriminator"), ("3", "1", "discriminator")):
-        code, said = launch(parts, *at)
-        assert code == -signal.SIGKILL, said
-        assert [line["step"] for line in read_log(load_config(str(parts)).output / "log.jsonl")] == list(range(int(at[0])))
+    for step, update in ((1, 0), (3, 1)):
+        ended = end_at(parts, "discriminator", step, update)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert [line["step"] for line in read_log(load_config(str(parts)).output / "log.jsonl")] == list(range(step))
     for path in (parts, whole):
         run_training(load_config(str(path)))
     folders = [load_config(str(path)).output for path in (whole, parts)]

@@ -1,10 +1,7 @@
 """The loop: what must not change a result, what must be refused, and what must survive."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +14,7 @@ from flowalign.core.algorithm import Update
 from flowalign.run_config import load_config
 from flowalign.train import checkpoint
 from flowalign.train.journal import read_log
-from tests.train.launch import on_one_and_two_processes
+from tests.train.launch import end_at, on_one_and_two_processes
 
 FLOW_GRPO = {"type": "flow_grpo", "kl_penalty": 0.01, "num_minibatches": 1}
 
@@ -182,33 +179,21 @@ def test_checkpoints_hold_nested_state_and_refuse_what_would_need_pickle(tmp_pat
         checkpoint.save(tmp_path, 8, {"f": print})
 
 
-def end_at(place, number, path):
-    command = [sys.executable, "-m", "tests.train.killed", place, str(number), str(path)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=900)
-
-
-def finish(path):
-    run.train(str(path), [])
-    folder = load_config(str(path)).output
-    return load_file(folder / "weights" / "pytorch_lora_weights.safetensors"), read_log(folder / "log.jsonl")
-
-
 def test_a_run_that_is_killed_and_interrupted_resumes_to_the_same_bits(write_config):
     path = write_config("broken off", steps=7)
     checkpoints = load_config(str(path)).output / "checkpoints"
     # Steps count from 0 and checkpoints are named by the steps done: each kill but the first has an earlier one to go on from.
-    for place, number, reached in (("step", 1, 1), ("tensors", 3, 2), ("rename", 4, 3)):
-        ended = end_at(place, number, path)
+    for place, number, reached in (("current", 1, 1), ("tensors", 3, 2), ("rename", 4, 3)):
+        ended = end_at(path, place, number, update=1)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
-        assert (checkpoints / f"step_{number:06d}.partial").is_dir() == (place != "step")
+        assert (checkpoints / f"step_{number:06d}.partial").is_dir() == (place != "current")
         assert checkpoint.load_newest(checkpoints)[0] == reached
-    ended = end_at("interrupt", 4, path)
+    ended = end_at(path, "interrupt", 4)
     assert ended.returncode == 130, ended.stderr
     assert "the state is saved" in ended.stderr
     assert checkpoint.load_newest(checkpoints)[0] == 5
-    weights, log = finish(path)
-    expected, unbroken = finish(write_config("whole", steps=7))
+    weights, log = train(path)
+    expected, unbroken = train(write_config("whole", steps=7))
     assert same(weights, expected)
     assert [line["step"] for line in log] == list(range(7))
     assert [line["metrics"] for line in log] == [line["metrics"] for line in unbroken]

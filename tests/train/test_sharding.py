@@ -80,7 +80,7 @@ def runs(tmp_path_factory, model):
     return place
 
 
-def agree(one, two):
+def assert_same_numbers(one, two):
     """Compare the runs of two folders: of the same numbers, as far as sums in another order allow."""
     logs = read_log(one / "log.jsonl"), read_log(two / "log.jsonl")
     for first, second in zip(*logs, strict=True):
@@ -103,7 +103,7 @@ def agree(one, two):
 @pytest.mark.parametrize("other", ["two", "one then two", "two then one"])
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_weights_are_those_of_one_process(runs, mode, other):
-    agree(runs / mode / "one", runs / mode / other)
+    assert_same_numbers(runs / mode / "one", runs / mode / other)
 
 
 def test_each_process_holds_a_part_of_what_is_shared_and_all_of_what_is_not(runs):
